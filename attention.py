@@ -44,8 +44,8 @@ def attention_weights(query, key, mask=None, *, causal=False):
     do not fit together.
     """
     query, key, _, mask = _checked(query, key, key, mask, causal)
-    exponentials = _exponentials(query, key, mask)
-    return exponentials / _denominator(exponentials, mask)
+    numerator, denominator = _softmax(query, key, mask, causal)
+    return numerator / denominator
 
 
 def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
@@ -55,36 +55,110 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
-    exponentials = _exponentials(query, key, mask)
+    numerator, denominator = _softmax(query, key, mask, causal)
     # Dividing after the product with V is the same sum, on an n x v matrix in place of the n x m one.
-    weighted_sum = jnp.einsum("...nm,...mv->...nv", exponentials, value)
-    return (weighted_sum / _denominator(exponentials, mask)).astype(value.dtype)
+    weighted_sum = jnp.einsum("...nm,...mv->...nv", numerator, value)
+    return (weighted_sum / denominator).astype(value.dtype)
 
 
-def _exponentials(query, key, mask):
-    """The softmax's numerator exp(scores - row maximum): (..., n, m), zero where masked if anything is not."""
-    dtype = jnp.result_type(query, key, jnp.float32)
-    largest, d_k = float(jnp.finfo(dtype).max), query.shape[-1]
+def flash_attention(query, key, value, mask=None, *, causal=False, block_size=512):
+    """Equation 1 without the n x m matrix: FlashAttention (arXiv 2205.14135), section 3.1; also arXiv 2112.05682.
+
+    A row of Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j), and both sums can be taken one block of keys at a time.
+    So that exp stays finite, they are taken relative to the largest score met so far; when a block raises that maximum
+    from a to b, what is already summed is multiplied by exp(a - b). Hence the three values carried for each query:
+    maximum, denominator, weighted_sum. Nothing of a block is kept: the backward pass computes it again.
+
+    Arguments, result and errors are those of `scaled_dot_product_attention`, with memory linear in n and m. Also raises
+    ValueError for a block_size below 1.
+    """
+    query, key, value, mask = _checked(query, key, value, mask, causal)
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a Python int of at least 1, got {block_size}")
+    (n, d_k), m, dtype = query.shape[-2:], key.shape[-2], jnp.result_type(query, key, jnp.float32)
+    leading = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    if n == 0 or m == 0:
+        return jnp.zeros((*leading, n, value.shape[-1]), value.dtype)
+    n_block, m_block = min(block_size, n), min(block_size, m)
+
+    @jax.checkpoint
+    def attend(block_of_queries):
+        i, query = block_of_queries
+        rows = i * n_block + jnp.arange(n_block)
+
+        @jax.checkpoint
+        def add_block(carry, block_of_keys):
+            maximum, denominator, weighted_sum = carry
+            j, key, value = block_of_keys
+            columns = j * m_block + jnp.arange(m_block)
+            allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
+            if mask is not None:
+                allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
+            scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+            scores = jnp.where(allowed, scores, -jnp.inf)
+            new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
+            exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
+            denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
+            weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
+            return new_maximum, denominator, weighted_sum
+
+        def step(carry, block_of_keys):
+            seen = not causal or block_of_keys[0] * m_block <= rows[-1]
+            return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, block_of_keys), None
+
+        zeros = jnp.zeros((*leading, n_block, 1), dtype)
+        start = zeros + jnp.finfo(dtype).min, zeros, zeros * jnp.zeros(value.shape[-1], dtype)
+        (_, denominator, weighted_sum), _ = jax.lax.scan(step, start, _blocks(m_block, key, value))
+        return (weighted_sum / jnp.where(denominator == 0, 1, denominator)).astype(value.dtype)
+
+    output = jnp.moveaxis(jax.lax.map(attend, _blocks(n_block, query)), 0, -3)
+    return output.reshape(*leading, -1, value.shape[-1])[..., :n, :]
+
+
+def _softmax(query, key, mask, causal):
+    """The softmax of Equation 1 as numerator (..., n, m) and denominator (..., n, 1)."""
+    (n, d_k), m, dtype = query.shape[-2:], key.shape[-2], jnp.result_type(query, key, jnp.float32)
+    largest = float(jnp.finfo(dtype).max)
     # Clipped, no product of finite inputs overflows: |q . k| <= largest / 8, whatever the padding holds.
     limit = math.sqrt(largest / (8 * d_k))
     query, key = jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit)
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+    if causal:
+        mask = causal_mask(n) if mask is None else mask & causal_mask(n)
+    if m == 0:
+        mask = jnp.zeros((n, 0), dtype=bool)  # without keys, every query attends to nothing
     if mask is not None:
         # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the
         # n x m matrix. A selection by jnp.where keeps them apart.
         scores += jnp.where(mask, 0, -largest / 2)
-    maximum = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    return jnp.exp(scores - jax.lax.stop_gradient(maximum))
+    maximum = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
+    numerator = jnp.exp(scores - maximum)
+    denominator = numerator.sum(axis=-1, keepdims=True)
+    if mask is not None:
+        # What attends to nothing is divided by infinity.
+        denominator += jnp.where(mask.any(axis=-1, keepdims=True), 0, jnp.inf)
+    return numerator, denominator
 
 
-def _denominator(exponentials, mask):
-    """The softmax's denominator (..., n, 1), infinite where the mask leaves nothing to attend to."""
-    total = exponentials.sum(axis=-1, keepdims=True)
-    return total if mask is None else total + jnp.where(mask.any(axis=-1, keepdims=True), 0, jnp.inf)
+def _blocks(size, *arrays):
+    """0, 1, ... and the arrays (..., length, depth) cut into as many blocks (..., size, depth), the last one padded."""
+    count = -(-arrays[0].shape[-2] // size)
+    cut = []
+    for x in arrays:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count * size - x.shape[-2]), (0, 0)])
+        cut.append(jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0))
+    return jnp.arange(count), *cut
+
+
+def _part(mask, positions, axis):
+    """The mask at these positions of an axis, False past its end; whole where the axis broadcasts."""
+    if mask.ndim < -axis or mask.shape[axis] == 1:
+        return mask
+    return jnp.take(mask, positions, axis=axis, mode="fill", fill_value=False)
 
 
 def _checked(query, key, value, mask, causal):
-    """The arguments as arrays, `causal` merged into the mask; or one sentence on what does not fit."""
+    """The arguments as arrays, or one sentence on what does not fit."""
     query, key, value = floating("query", query), floating("key", key), floating("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
@@ -107,12 +181,8 @@ def _checked(query, key, value, mask, causal):
             raise ValueError(f"mask must broadcast to (..., n, m) = {shape}, got shape {mask.shape}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal}")
-    if causal:
-        if n != m:
-            raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
-        mask = causal_mask(n) if mask is None else mask & causal_mask(n)
-    if mask is None and m == 0:
-        mask = jnp.zeros((n, 0), dtype=bool)  # no keys: every query may attend to nothing
+    if causal and n != m:
+        raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
     return query, key, value, mask
 
 

@@ -6,11 +6,15 @@ shows the parameters, runs a jitted forward pass, trains the model to write its 
 attention has learned. The axes, in shapes: b strings of a batch, n positions, d d_model, h heads, and s symbols.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # before the imports that take a second, so that Ctrl-C is quiet from the start
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once: XLA's threads do not outlive an orderly exit
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python main.py | head` is no error
+    sys.stdout.reconfigure(line_buffering=True)
 
 import argparse
 import itertools
