@@ -23,7 +23,7 @@ SMALL = [word for flag, value in SMALL.items() for word in (f"--{flag}", str(val
 
 def run(*arguments, **environment):
     """Run main.py as a user does, and return its standard output."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "XLA_FLAGS": "", **environment}
     done = subprocess.run([*PROGRAM, *arguments], capture_output=True, encoding="utf-8", env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -54,15 +54,6 @@ def run_here(monkeypatch, encoding, *arguments):
     return output.read()
 
 
-@pytest.fixture
-def quick_compilation():
-    """XLA without most of its optimizations, for a test that is not about numbers or speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_flags_seed_encoding_and_no_steps(monkeypatch):
     """All sizes can be set; the same seed gives the same output, times aside; ASCII terminals get ASCII maps.
 

@@ -1,0 +1,152 @@
+"""flash_attention against scaled_dot_product_attention: the same numbers, in memory linear in the lengths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import transformer_layer as tl
+from attention import flash_attention, padding_mask, scaled_dot_product_attention
+from common import arrays, random_params
+
+
+def both(query, key, value, mask, weight, causal, block_size):
+    """Output and gradients with respect to query, key and value, of the flash function and of the plain one."""
+
+    def output_and_gradients(attention):
+        def weighted(*inputs):
+            output = attention(*inputs, mask, causal=causal)
+            return jnp.vdot(output, weight), output
+
+        gradients, output = jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+        return output, *gradients
+
+    flash = functools.partial(flash_attention, block_size=block_size)
+    return output_and_gradients(flash), output_and_gradients(scaled_dot_product_attention)
+
+
+both = jax.jit(both, static_argnums=(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "block_size", "mask_shape", "causal"),
+    [
+        (8, 8, 3, None, True),  # a block size that does not divide the length
+        (8, 8, 4, (8, 8), True),  # one that does
+        (8, 8, 8, (2, 1, 1, 8), True),  # one block, with a padding mask
+        (8, 8, 512, None, False),  # a block larger than the length
+        (5, 9, 2, (2, 3, 5, 9), False),  # cross-attention, with a mask for each batch and head
+        (9, 5, 4, (3, 1, 1), False),  # a mask by head
+        (9, 5, 4, (9, 1), False),  # a mask by query
+        (9, 5, 4, (5,), False),  # a mask by key
+        (9, 5, 4, (), False),  # one truth for all
+        (1, 1, 1, None, True),  # a single position
+    ],
+)
+def test_flash_equals_plain(n, m, block_size, mask_shape, causal):
+    """Outputs and gradients agree for every kind of length, block size and mask, with d_k = 4 and d_v = 6."""
+    query, key, value, weight = arrays((2, 3, n, 4), (2, 3, m, 4), (2, 3, m, 6), (2, 3, n, 6))
+    mask = None if mask_shape is None else np.random.default_rng(1).random(mask_shape) < 0.6
+    flash, plain = both(query, key, value, mask, weight, causal, block_size)
+    for actual, expected in zip(flash, plain, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_leading_axes_broadcast():
+    """One set of keys serves many queries, as for the plain function."""
+    query, key, value = arrays((2, 3, 5, 4), (1, 3, 7, 4), (7, 6))
+    flash = jax.jit(functools.partial(flash_attention, block_size=3))(query, key, value)
+    np.testing.assert_allclose(flash, scaled_dot_product_attention(query, key, value), atol=1e-6)
+
+
+def test_rows_that_attend_to_nothing_are_zero():
+    """A query without a key gets exact zeros and a zero gradient, also where whole blocks are masked."""
+    query, key, value = arrays((6, 4), (6, 4), (6, 4))
+    mask = np.ones((6, 6), bool)
+    mask[1] = False
+    mask[4, :5] = False  # row 4 sees the last block only, and only itself there
+    flash, plain = both(query, key, value, mask, jnp.eye(6, 4, -1), True, 2)  # the weight is non-zero from row 1 on
+    assert (flash[0][1] == 0).all()
+    for actual, expected in zip(flash, plain, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+    nothing, _ = both(query, key, value, np.zeros(6, bool), jnp.ones((6, 4)), False, 2)
+    assert all((x == 0).all() for x in nothing)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 0), (0, 3)])
+def test_no_keys_or_no_queries(n, m):
+    """Without keys the output is zero; without queries it is empty."""
+    output = flash_attention(*arrays((2, n, 4), (2, m, 4), (2, m, 6)), block_size=2)
+    np.testing.assert_array_equal(output, np.zeros((2, n, 6)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_accumulates_in_float32(dtype):
+    """The output is the float32 result rounded once, however many blocks it is summed from."""
+    halves = arrays((2, 64, 8), (2, 64, 8), (2, 64, 8), dtype=dtype)
+    output = jax.jit(functools.partial(flash_attention, causal=True, block_size=4))(*halves)
+    assert output.dtype == dtype
+    expected = scaled_dot_product_attention(*(x.astype(jnp.float32) for x in halves), causal=True).astype(dtype)
+    # Rounding to the nearest may fall to either side of a tie: one unit in the last place, and 1e-6 of float32 noise.
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(output.astype(float), expected.astype(float), rtol=eps, atol=1e-6)
+
+
+def test_gradients_by_finite_differences():
+    """First and second derivatives, forward and reverse, against finite differences."""
+    function = functools.partial(flash_attention, causal=True, block_size=2)
+    check_grads(jax.jit(function), arrays((3, 2), (3, 2), (3, 2)), order=2, atol=3e-2, rtol=3e-2)
+
+
+def test_vmap():
+    """vmap over an extra axis equals the batched call."""
+    query, key, value = arrays((2, 5, 4), (2, 5, 4), (2, 5, 4))
+    function = functools.partial(flash_attention, causal=True, block_size=2)
+    mapped = jax.jit(jax.vmap(function))(query, key, value)
+    np.testing.assert_allclose(mapped, jax.jit(function)(query, key, value), atol=1e-6)
+
+
+def test_inside_the_stacks():
+    """`attention=flash_attention` in encoder and decoder gives what the plain function gives, padding included."""
+    encoder_params = random_params(tl.init_encoder, 2, 8, 2, 16)
+    decoder_params = random_params(tl.init_decoder, 2, 8, 2, 16)
+    source, target = arrays((2, 7, 8), (2, 5, 8))
+    source_mask, target_mask = padding_mask(np.array([4, 7]), 7), padding_mask(np.array([5, 3]), 5)
+
+    @functools.partial(jax.jit, static_argnames="attention")
+    def transformer(attention):
+        memory = tl.encoder(encoder_params, source, source_mask, attention=attention)
+        return tl.decoder(decoder_params, target, memory, target_mask, source_mask, attention=attention)
+
+    flash = transformer(functools.partial(flash_attention, block_size=3))
+    np.testing.assert_allclose(flash, transformer(scaled_dot_product_attention), atol=5e-6)
+
+
+def temporary_bytes(length, gradient):
+    """What XLA allocates besides arguments and results, for 2 heads of 16, causal, with a padding mask."""
+
+    def attend(query, key, value, mask):
+        return flash_attention(query, key, value, mask, causal=True, block_size=64).sum()
+
+    x = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 1, 1, length), bool)
+    function = jax.grad(attend, argnums=(0, 1, 2)) if gradient else attend
+    return jax.jit(function).lower(x, x, x, mask).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_is_linear_in_the_length(gradient):
+    """arXiv 2205.14135, theorem 1: four times the length needs at most four times the memory, with gradients too."""
+    small, large = temporary_bytes(512, gradient), temporary_bytes(2048, gradient)
+    assert 0 < large <= 4 * small
+    assert large < 2048 * 2048  # less than a single n x n matrix of bytes
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 2.0])
+def test_bad_block_size(block_size):
+    """A block size below one, or not an integer, raises one sentence."""
+    with pytest.raises(ValueError, match=f"block_size must be a Python int of at least 1, got {block_size}"):
+        flash_attention(*arrays((2, 4), (2, 4), (2, 4)), block_size=block_size)
