@@ -12,6 +12,8 @@ The results have the dtype of their input x (or query), whatever the dtype of th
 when the function is traced: ValueError for shapes and values, TypeError for dtypes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -135,14 +137,7 @@ def init_encoder_layer(rng, d_model, num_heads, d_ff):
 
 
 def encoder_layer(
-    params,
-    x,
-    mask=None,
-    *,
-    causal=False,
-    dropout_rng=None,
-    dropout_rate=0.1,
-    attention=scaled_dot_product_attention,
+    params, x, mask=None, *, causal=False, dropout_rng=None, dropout_rate=0.1, attention=scaled_dot_product_attention
 ):
     """Section 3.1: self-attention, then the feed-forward network, each as LayerNorm(x + Dropout(Sublayer(x))).
 
@@ -163,22 +158,10 @@ def init_encoder(rng, num_layers, d_model, num_heads, d_ff):
 
 
 def encoder(
-    params,
-    x,
-    mask=None,
-    *,
-    causal=False,
-    dropout_rng=None,
-    dropout_rate=0.1,
-    attention=scaled_dot_product_attention,
+    params, x, mask=None, *, causal=False, dropout_rng=None, dropout_rate=0.1, attention=scaled_dot_product_attention
 ):
     """Section 3.1: the stack of N `encoder_layer`s, each with parameters and dropout of its own. Shapes as there."""
-
-    def layer(params, x, rng):
-        return encoder_layer(
-            params, x, mask, causal=causal, dropout_rng=rng, dropout_rate=dropout_rate, attention=attention
-        )
-
+    layer = functools.partial(encoder_layer, mask=mask, causal=causal, dropout_rate=dropout_rate, attention=attention)
     return _scan_layers(layer, params, x, dropout_rng)
 
 
@@ -241,12 +224,8 @@ def decoder(
     attention=scaled_dot_product_attention,
 ):
     """Section 3.1: the stack of N `decoder_layer`s, all of which attend to the same memory. Shapes as there."""
-
-    def layer(params, x, rng):
-        return decoder_layer(
-            params, x, memory, mask, memory_mask, dropout_rng=rng, dropout_rate=dropout_rate, attention=attention
-        )
-
+    options = {"mask": mask, "memory_mask": memory_mask, "dropout_rate": dropout_rate, "attention": attention}
+    layer = functools.partial(decoder_layer, memory=memory, **options)
     return _scan_layers(layer, params, x, dropout_rng)
 
 
@@ -266,7 +245,12 @@ def _scan_layers(layer, params, x, dropout_rng):
     if scale.ndim != 2:
         raise ValueError(f"a stack needs parameters with a leading layer axis, got a layer norm of shape {scale.shape}")
     rngs = None if dropout_rng is None else jax.random.split(dropout_rng, len(scale))
-    return jax.lax.scan(lambda x, inputs: (layer(inputs[0], x, inputs[1]), None), x, (params, rngs))[0]
+
+    def step(x, layer_inputs):
+        params, rng = layer_inputs
+        return layer(params, x, dropout_rng=rng), None
+
+    return jax.lax.scan(step, x, (params, rngs))[0]
 
 
 def _checked(name, x, axes, weight, weight_axes):
