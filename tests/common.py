@@ -4,6 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+try:
+    from jax import enable_x64
+except ImportError:  # its place in older versions of JAX
+    from jax.experimental import enable_x64
+
+__all__ = ["arrays", "enable_x64", "random_params"]
+
 
 def arrays(*shapes, seed=0, dtype=jnp.float32):
     """Standard normal arrays of the given shapes."""

@@ -14,16 +14,10 @@ import pytest
 
 import transformer_layer as tl
 from attention import flash_attention, scaled_dot_product_attention
-
-try:
-    from jax import enable_x64
-except ImportError:  # its place in older versions of JAX
-    from jax.experimental import enable_x64
+from common import enable_x64
 
 # Both are absolute and relative: |actual - expected| <= tolerance * (1 + |expected|).
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-# Nearly all the time goes into compiling, and for arrays this small the optimizations are not worth theirs.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def cases(*names, flash):
@@ -108,7 +102,7 @@ def assert_agrees(case, dtype, params_from_torch, function):
     def params_and_inputs(arrays):
         return params_from_torch(arrays, int(data["num_heads"])), [arrays[name] for name in data["inputs"]]
 
-    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    @jax.jit
     def output_and_gradients(params, inputs, output_weights):
         output, gradients = jax.vjp(lambda params, inputs: function(params, *inputs), params, inputs)
         return {"output": output, "gradients": gradients(output_weights)}
