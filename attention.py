@@ -77,8 +77,9 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         raise ValueError(f"block_size must be a Python int of at least 1, got {block_size}")
     (n, d_k), m, dtype = query.shape[-2:], key.shape[-2], jnp.result_type(query, key, jnp.float32)
     leading = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    if n == 0 or m == 0:
-        return jnp.zeros((*leading, n, value.shape[-1]), value.dtype)
+    shape = (*leading, n, value.shape[-1])
+    if 0 in (m, *shape):
+        return jnp.zeros(shape, value.dtype)
     n_block, m_block = min(block_size, n), min(block_size, m)
 
     @jax.checkpoint

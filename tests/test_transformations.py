@@ -1,0 +1,137 @@
+"""What JAX does to pure functions: the same numbers under every transformation, and no needless compilation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import transformer_layer as tl
+from attention import attention_weights, flash_attention, padding_mask, scaled_dot_product_attention
+from common import arrays, enable_x64, random_params
+
+LAYERS, D, H, F, N, M = 2, 8, 2, 12, 5, 6
+ENCODER = random_params(tl.init_encoder, LAYERS, D, H, F, seed=1)
+DECODER = random_params(tl.init_decoder, LAYERS, D, H, F, seed=2)
+
+
+def transformer(params, source, target, mask=None, **options):
+    """Encoder and decoder, source (..., m, d) and target (..., n, d) -> (..., n, d)."""
+    memory = tl.encoder(params["encoder"], source, mask, **options)
+    return tl.decoder(params["decoder"], target, memory, None, mask, **options)
+
+
+PARAMS = {"encoder": ENCODER, "decoder": DECODER}
+SOURCE, TARGET = arrays((3, M, D), (3, N, D))
+MASK = padding_mask(np.array([4, 6, 1]), M)
+EXPECTED = functools.cache(lambda: np.asarray(jax.jit(transformer)(PARAMS, SOURCE, TARGET, MASK)))
+
+
+def test_vmap_over_the_batch():
+    """One sentence at a time under `jax.vmap` is the batch at once."""
+    mapped = jax.jit(jax.vmap(transformer, in_axes=(None, 0, 0, 0)))(PARAMS, SOURCE, TARGET, MASK)
+    np.testing.assert_allclose(mapped, EXPECTED(), atol=5e-6)
+
+
+def test_vmap_over_parameters():
+    """An ensemble of models is `jax.vmap` over a leading axis of the parameters."""
+    ensemble = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), PARAMS)
+    outputs = jax.jit(jax.vmap(transformer, in_axes=(0, None, None, None)))(ensemble, SOURCE, TARGET, MASK)
+    np.testing.assert_allclose(outputs[0], EXPECTED(), atol=5e-6)
+    assert abs(outputs[1] - outputs[0]).max() > 0.1
+
+
+def test_remat_keeps_the_gradient():
+    """`jax.checkpoint` around the model changes what is stored and not the gradient."""
+
+    def loss(function, params):
+        return jnp.square(function(params, SOURCE, TARGET, MASK)).sum()
+
+    @jax.jit
+    def both(params):
+        return [jax.grad(functools.partial(loss, f))(params) for f in (transformer, jax.checkpoint(transformer))]
+
+    plain, remat = both(PARAMS)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # sums of 18 squares of up to 10, in float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters(dtype):
+    """Parameters and inputs cast by `jax.tree.map` give half-precision outputs near those of float32."""
+    params, source, target = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, SOURCE, TARGET))
+    output = jax.jit(transformer)(params, source, target, MASK)
+    assert output.dtype == dtype
+    # About ten roundings in a row, each relative to values of about 1, and amplified by the layer norms.
+    np.testing.assert_allclose(output.astype(np.float32), EXPECTED(), atol=16 * float(jnp.finfo(dtype).eps))
+
+
+def test_x64():
+    """With x64 on, float64 stays float64 from end to end, and agrees with float32 as far as that goes."""
+    with enable_x64(True):
+        arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (PARAMS, SOURCE, TARGET))
+        output = jax.jit(transformer)(*arguments, MASK)
+        weights = jax.eval_shape(attention_weights, arguments[1], arguments[1])
+    assert output.dtype == weights.dtype == np.float64
+    np.testing.assert_allclose(output, EXPECTED(), atol=5e-6)
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, flash_attention])
+def test_nothing_compiles_again_when_only_values_change(attention):
+    """New parameters, inputs, masks, random keys and dropout rates run the program that is already compiled."""
+    compiled = jax.jit(functools.partial(transformer, attention=attention))
+    for seed in (0, 1):
+        params = jax.tree.map(lambda leaf, seed=seed: leaf + seed, PARAMS)
+        mask = padding_mask(np.array([6, 2, 3 + seed]), M)
+        options = {"dropout_rng": jax.random.key(seed), "dropout_rate": 0.1 + seed / 10}
+        compiled(params, SOURCE + seed, TARGET - seed, mask, **options)
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=4)])
+def test_contents_of_padding_never_matter(attention):
+    """The largest finite numbers in masked keys and values leave every output as it was, to the last bit."""
+    query, key, value = arrays((6, 4), (6, 4), (6, 4))
+    mask = padding_mask(4, 6)[0]
+    largest = float(jnp.finfo(jnp.float32).max)
+    signs = np.array([[1, -1, 1, 1], [-1, -1, 1, -1]], np.float32)
+    function = jax.jit(attention)
+    expected = function(query, key, value, mask)
+    changed = function(query, key.at[4:].set(largest * signs), value.at[4:].set(-largest * signs), mask)
+    np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=4)])
+def test_contents_of_padding_never_matter_in_the_stacks(attention):
+    """The same for encoder and decoder, up to contents whose projections are still finite."""
+    compiled = jax.jit(functools.partial(transformer, attention=attention))
+    noise = 1e30 * arrays(SOURCE.shape, seed=5)[0]
+    padded = jnp.where(MASK[:, 0, 0, :, None], SOURCE, noise)
+    np.testing.assert_allclose(compiled(PARAMS, padded, TARGET, MASK), EXPECTED(), atol=5e-6)
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=2)])
+def test_huge_scores_give_no_nan(attention):
+    """Scores of 1e8 saturate the softmax: the output is the value of the best key, the gradient is finite."""
+    query, value = jnp.array([[1e4, 0.0], [0.0, 1e4]]), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    output, gradient = jax.jit(jax.value_and_grad(lambda q: attention(q, q, value).sum()))(query)
+    assert output == value.sum()
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=2)])
+@pytest.mark.parametrize(("batch", "n", "m"), [(2, 1, 1), (0, 3, 3), (2, 3, 0), (2, 0, 3)])
+def test_smallest_shapes(attention, batch, n, m):
+    """One position is its own value; an empty batch, zero keys or zero queries give an empty or zero output."""
+    query, key, value = arrays((batch, n, 4), (batch, m, 4), (batch, m, 6))
+    output = attention(query, key, value)
+    assert output.shape == (batch, n, 6)
+    np.testing.assert_array_equal(output, value if m == 1 else np.zeros(output.shape))
+
+
+def test_smallest_shapes_of_the_stacks():
+    """An empty batch, and a memory of zero positions, pass through encoder and decoder without NaN."""
+    assert jax.eval_shape(transformer, PARAMS, SOURCE[:0], TARGET[:0]).shape == (0, N, D)
+    without_memory = jax.jit(tl.decoder)(DECODER, TARGET, SOURCE[:, :0])
+    assert jnp.isfinite(without_memory).all()
