@@ -1,0 +1,434 @@
+"""The claims of "Attention Is All You Need" (arXiv 1706.03762), one test each, in the order of the paper.
+
+The first line of each docstring is a row of the table in README. What a claim is checked against is written here in
+NumPy, from the paper's text alone. A tolerance without a remark is a few roundings of float32, which are 1e-7 each.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import main
+import transformer_layer as tl
+from attention import attention_weights, padding_mask, scaled_dot_product_attention
+from common import arrays, random_params
+
+D_MODEL, HEADS, D_FF, LAYERS, SYMBOLS = 12, 3, 20, 2, 11
+SIZES = LAYERS, D_MODEL, HEADS, D_FF
+N, M = 5, 7  # positions, positions of the memory
+X, MEMORY, VALUE = arrays((N, D_MODEL), (M, D_MODEL), (M, D_MODEL))
+TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
+
+
+# ---- The paper's equations in NumPy, float64, for a single sequence --------------------------------------------------
+
+
+def in_float64(tree):
+    """The arrays of a tree as NumPy arrays of float64."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def equation_1(query, key, value, causal=False):
+    """softmax(Q K^T / sqrt(d_k)) V, one number at a time."""
+    (n, d_k), (m, d_v) = query.shape, value.shape
+    output = np.zeros((n, d_v))
+    for i in range(n):
+        exponentials = np.zeros(m)
+        for j in range(i + 1 if causal else m):
+            dot_product = 0.0
+            for c in range(d_k):
+                dot_product += query[i, c] * key[j, c]
+            exponentials[j] = math.exp(dot_product / math.sqrt(d_k))
+        for j in range(m):
+            for c in range(d_v):
+                output[i, c] += exponentials[j] / exponentials.sum() * value[j, c]
+    return output
+
+
+def multi_head(params, query, key, value, causal=False):
+    """Concat(head_1, ..., head_h) W^O, where head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)."""
+    heads = [
+        equation_1(
+            query @ params["query"][:, i], key @ params["key"][:, i], value @ params["value"][:, i], causal=causal
+        )
+        for i in range(params["query"].shape[1])
+    ]
+    h, d_v, d_model = params["output"].shape
+    return np.concatenate(heads, axis=-1) @ params["output"].reshape(h * d_v, d_model)
+
+
+def equation_2(params, x):
+    """max(0, x W_1 + b_1) W_2 + b_2, one position at a time."""
+    return np.stack(
+        [np.maximum(0, row @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"] for row in np.asarray(x)]
+    )
+
+
+def layer_norm(params, x):
+    """Each position minus its mean, over its standard deviation, times scale, plus bias (arXiv 1607.06450)."""
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
+
+
+def encoder(params, x):
+    """Figure 1, left: N times self-attention and feed-forward network, each within LayerNorm(x + Sublayer(x))."""
+    for p in layers(params):
+        x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x))
+        x = layer_norm(p["feed_forward_norm"], x + equation_2(p["feed_forward"], x))
+    return x
+
+
+def decoder(params, x, memory):
+    """Figure 1, right: as the encoder, with causal self-attention, and attention over the memory after it."""
+    for p in layers(params):
+        x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x, causal=True))
+        x = layer_norm(p["cross_attention_norm"], x + multi_head(p["cross_attention"], x, memory, memory))
+        x = layer_norm(p["feed_forward_norm"], x + equation_2(p["feed_forward"], x))
+    return x
+
+
+def layers(params):
+    """The parameters of each layer, from those of the stack."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(LAYERS)]
+
+
+def positional_encoding(length, d_model):
+    """PE(pos, 2i) = sin(pos / 10000^(2i / d_model)) and PE(pos, 2i + 1) = cos(pos / 10000^(2i / d_model))."""
+    encoding = np.zeros((length, d_model))
+    for pos in range(length):
+        for i in range(d_model // 2):
+            encoding[pos, 2 * i] = math.sin(pos / 10_000 ** (2 * i / d_model))
+            encoding[pos, 2 * i + 1] = math.cos(pos / 10_000 ** (2 * i / d_model))
+    return encoding
+
+
+# ---- What XLA and JAX know about a function --------------------------------------------------------------------------
+
+
+def flops(function, *inputs):
+    """The floating-point operations that XLA counts in the function; the inputs need no more than shapes.
+
+    In the program as it is written, before XLA optimizes it for the machine at hand: the same number everywhere.
+    """
+    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
+
+
+def shape(*sizes):
+    """An array of float32 that has a shape and no contents."""
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def depends(function, *inputs):
+    """For each input, booleans (n, m): whether the output at position i depends on the input at position j.
+
+    Read off the Jacobians (n, d, m, d), without a tolerance: what does not depend is zero and nothing else.
+    """
+    jacobians = jax.jit(jax.jacfwd(function, argnums=range(len(inputs))))(*inputs)
+    assert all(np.isfinite(jacobian).all() for jacobian in jacobians)
+    return [(np.asarray(jacobian) != 0).any(axis=(1, 3)) for jacobian in jacobians]
+
+
+@functools.cache
+def what_the_decoder_depends_on():
+    """`depends` of the decoder on x and on a memory whose last three positions are padding."""
+    params = random_params(tl.init_decoder, *SIZES)
+    memory_mask = padding_mask(M - 3, M)
+    return depends(lambda x, memory: tl.decoder(params, x, memory, memory_mask=memory_mask), X, MEMORY)
+
+
+# ---- Section 3.1: encoder and decoder stacks -------------------------------------------------------------------------
+
+
+def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
+    """Section 3.1: the output of each sub-layer is LayerNorm(x + Sublayer(x)), in the encoder and in the decoder.
+
+    A layer norm before the sub-layer instead of after it, as in later models, gives other numbers.
+    """
+    params = random_params(tl.init_encoder, *SIZES)
+    expected = encoder(*in_float64((params, X)))
+    np.testing.assert_allclose(jax.jit(tl.encoder)(params, X), expected, rtol=1e-6, atol=1e-6)
+    params = random_params(tl.init_decoder, *SIZES)
+    expected = decoder(*in_float64((params, X, MEMORY)))
+    np.testing.assert_allclose(jax.jit(tl.decoder)(params, X, MEMORY), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_3_1_layer_norm_gives_each_position_mean_0_and_variance_1():
+    """Section 3.1: before scale and bias, LayerNorm gives each position the mean 0 and the variance 1."""
+    scale, bias = in_float64(arrays((D_MODEL,), (D_MODEL,)))
+    params, x = {"scale": scale, "bias": bias}, 10 * X + 3
+    normal = (np.asarray(jax.jit(tl.layer_norm)(params, x)) - bias) / scale
+    np.testing.assert_allclose(normal.mean(axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(normal.var(axis=-1), 1, rtol=2e-6)
+
+
+# ---- Section 3.2.1: scaled dot-product attention ---------------------------------------------------------------------
+
+
+def test_3_2_1_attention_is_equation_1():
+    """Section 3.2.1, Equation 1: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V, against a loop in float64."""
+    query, key, value = arrays((N, 8), (M, 8), (M, 6))
+    expected = equation_1(*in_float64((query, key, value)))
+    output = jax.jit(scaled_dot_product_attention)(query, key, value)
+    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("d_k", [8, 64])
+def test_3_2_1_scale_takes_the_variance_of_q_k_from_d_k_to_1(d_k):
+    """Section 3.2.1, footnote 4: q . k of components of mean 0 and variance 1 has variance d_k, with the scale 1.
+
+    Beside k, each query gets a second key, of zeros. Its score is 0, so by the definition of the softmax the logarithm
+    of the ratio of the two weights is the score of k.
+    """
+    samples = 50_000
+    query, key = arrays((samples, 1, d_k), (samples, 1, d_k))
+    weights = np.asarray(jax.jit(attention_weights)(query, np.concatenate([key, np.zeros_like(key)], axis=1)))
+    scaled = np.log(weights[:, 0, 0] / weights[:, 0, 1])
+    unscaled = np.einsum("snk,snk->s", query, key)
+    # q . k has the kurtosis 3 + 6 / d_k, hence the standard errors of its mean and variance; five of them are allowed.
+    error_of_mean, error_of_variance = math.sqrt(1 / samples), math.sqrt((2 + 6 / d_k) / samples)
+    for products, variance in ((unscaled, d_k), (scaled, 1)):
+        assert abs(products.mean()) < 5 * error_of_mean * math.sqrt(variance)
+        assert abs(products.var() / variance - 1) < 5 * error_of_variance
+
+
+def test_3_2_1_without_the_scale_the_gradient_of_the_softmax_vanishes():
+    """Section 3.2.1: at d_k = 512 the softmax has extremely small gradients without the scale, and not with it.
+
+    Two random keys compete for each of a thousand random queries. Without the scale their scores are some 30 apart, and
+    the softmax has made its choice. The median of all queries, for where two scores happen to be close there is a
+    gradient.
+    """
+    d_k = 512
+    queries, keys = arrays((1000, 1, d_k), (1000, 2, d_k))
+
+    @jax.jit
+    def gradients(queries, keys, factor):
+        return jax.vmap(jax.grad(lambda query, key: attention_weights(factor * query, key)[0, 0]))(queries, keys)
+
+    with_scale, without_scale = (
+        np.median(np.linalg.norm(gradients(queries, keys, factor), axis=-1)) for factor in (1, math.sqrt(d_k))
+    )
+    assert with_scale > 0.1
+    assert without_scale < 1e-6
+
+
+# ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
+
+
+def test_3_2_2_multi_head_is_concat_of_heads_times_w_o():
+    """Section 3.2.2: MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O, each head computed on its own."""
+    params = random_params(tl.init_multi_head_attention, D_MODEL, HEADS)
+    expected = multi_head(*in_float64((params, X, MEMORY, VALUE)))
+    output = jax.jit(tl.multi_head_attention)(params, X, MEMORY, VALUE)
+    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=2e-6)
+
+
+def test_3_2_2_multi_head_costs_as_much_as_single_head():
+    """Section 3.2.2: eight heads of an eighth of the depth cost as much as a single head of the full depth."""
+    n, d_model = 128, 512
+
+    def cost(params):
+        return flops(tl.multi_head_attention, params, *3 * [shape(n, d_model)])
+
+    single, multi = (
+        cost(jax.eval_shape(lambda h=h: tl.init_multi_head_attention(jax.random.key(0), d_model, h))) for h in (1, 8)
+    )
+    # Not exactly as much: there are eight softmaxes in place of one, 0.15% of the whole.
+    assert multi == pytest.approx(single, rel=2e-3)
+    # Eight heads of the full depth would cost eight times as much.
+    full = {name: shape(d_model, 8, d_model) for name in ("query", "key", "value")}
+    assert cost({**full, "output": shape(8, d_model, d_model)}) == pytest.approx(8 * single, rel=2e-3)
+
+
+# ---- Section 3.2.3: applications of attention ------------------------------------------------------------------------
+
+
+def test_3_2_3_decoder_attends_over_all_positions_of_the_memory_but_its_padding():
+    """Section 3.2.3: every position in the decoder attends over all positions of the memory, save its padding."""
+    np.testing.assert_array_equal(what_the_decoder_depends_on()[1], N * [[1, 1, 1, 1, 0, 0, 0]])
+
+
+def test_3_2_3_encoder_attends_to_all_positions():
+    """Section 3.2.3: each position in the encoder can attend to all positions."""
+    params = random_params(tl.init_encoder, *SIZES)
+    np.testing.assert_array_equal(depends(lambda x: tl.encoder(params, x), X)[0], np.ones((N, N)))
+
+
+def test_3_2_3_decoder_attends_up_to_and_including_its_position():
+    """Section 3.2.3: each position in the decoder attends to all positions up to and including it, to none after.
+
+    In the stack, the residual connection passes a position on to itself even where attention leaves it out. Hence also
+    causal attention by itself.
+    """
+    np.testing.assert_array_equal(what_the_decoder_depends_on()[0], np.tri(N))
+    causal = depends(lambda value: scaled_dot_product_attention(X, X, value, causal=True), X)
+    np.testing.assert_array_equal(causal[0], np.tri(N))
+
+
+# ---- Section 3.3: position-wise feed-forward networks ----------------------------------------------------------------
+
+
+def test_3_3_feed_forward_is_equation_2():
+    """Section 3.3, Equation 2: FFN(x) = max(0, x W_1 + b_1) W_2 + b_2."""
+    params = random_params(tl.init_feed_forward, D_MODEL, D_FF)
+    expected = equation_2(*in_float64((params, X)))
+    np.testing.assert_allclose(jax.jit(tl.feed_forward)(params, X), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_3_3_feed_forward_is_applied_to_each_position_separately_and_identically():
+    """Section 3.3: the feed-forward network is applied to each position separately and identically."""
+    params = random_params(tl.init_feed_forward, D_MODEL, D_FF)
+    np.testing.assert_array_equal(depends(lambda x: tl.feed_forward(params, x), X)[0], np.eye(N))
+    feed_forward = jax.jit(tl.feed_forward)
+    rotated = np.roll(feed_forward(params, X), 1, axis=0)
+    np.testing.assert_allclose(feed_forward(params, np.roll(X, 1, axis=0)), rotated, rtol=1e-6, atol=1e-6)
+
+
+# ---- Section 3.4: embeddings and softmax -----------------------------------------------------------------------------
+
+
+def test_3_4_embedding_and_softmax_share_one_matrix_times_sqrt_d_model():
+    """Section 3.4: embedding and pre-softmax transformation share one matrix; the embedding is times sqrt(d_model)."""
+    params = random_params(main.init_model, SYMBOLS, *SIZES)
+    assert set(params) == {"embedding", "encoder"}
+    p = in_float64(params)
+    x = p["embedding"][TOKENS] * math.sqrt(D_MODEL) + positional_encoding(len(TOKENS), D_MODEL)
+    np.testing.assert_allclose(jax.jit(main.embed)(params, TOKENS), x, rtol=1e-6, atol=1e-6)
+    logits = encoder(p["encoder"], x) @ p["embedding"].T
+    np.testing.assert_allclose(jax.jit(main.model)(params, TOKENS), logits, rtol=1e-6, atol=2e-6)
+
+
+# ---- Section 3.5: positional encoding --------------------------------------------------------------------------------
+
+encodings = jax.jit(main.positional_encoding, static_argnums=(0, 1))
+
+
+def test_3_5_the_order_of_the_sequence_enters_by_the_positions_only():
+    """Section 3.5: without positions the encoder is equivariant to permutations of its input, with them it is not."""
+    params = random_params(tl.init_encoder, *SIZES)
+    encode = jax.jit(tl.encoder)
+    order = np.array([2, 0, 4, 1, 3])
+
+    def difference(positions):
+        return abs(np.asarray(encode(params, X + positions))[order] - encode(params, X[order] + positions)).max()
+
+    assert difference(np.zeros((N, D_MODEL), np.float32)) < 1e-6
+    assert difference(np.asarray(encodings(N, D_MODEL))) > 0.01
+
+
+def test_3_5_positional_encoding_is_the_formula():
+    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)) and PE(pos, 2i + 1) = cos of the same."""
+    # An angle of up to 100 radians is itself known to no more than 1e-7 of it.
+    np.testing.assert_allclose(encodings(100, 16), positional_encoding(100, 16), atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_3_5_positional_encoding_of_pos_plus_k_is_linear_in_that_of_pos(k):
+    """Section 3.5: for any fixed offset k, PE(pos + k) is a linear function of PE(pos).
+
+    The same function for all pos: each pair of sine and cosine turns by the angle k / 10000^(2i / d_model).
+    """
+    d_model = 16
+    sine = np.arange(0, d_model, 2)
+    cosine = sine + 1
+    angle = k / 10_000 ** (sine / d_model)
+    rotation = np.zeros((d_model, d_model))
+    rotation[sine, sine], rotation[sine, cosine] = np.cos(angle), np.sin(angle)
+    rotation[cosine, sine], rotation[cosine, cosine] = -np.sin(angle), np.cos(angle)
+    encoding = np.asarray(encodings(100, d_model))
+    # The tolerance is that of the formula, for the same reason.
+    np.testing.assert_allclose(encoding[k:], encoding[:-k] @ rotation.T, atol=1e-5)
+
+
+# ---- Section 4: why self-attention -----------------------------------------------------------------------------------
+
+
+def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
+    """Section 4, Table 1: the complexity of a self-attention layer is O(n^2 d), with operations counted by XLA."""
+
+    def cost(n, d):
+        return flops(scaled_dot_product_attention, *3 * [shape(n, d)])
+
+    n, d = 1024, 512
+    # To leading order: next to the two matrix products, 4 n^2 d, there is a softmax of some 6 n^2, and n d divisions.
+    assert cost(n, d) == pytest.approx(4 * n**2 * d, rel=5e-3)
+    assert cost(2 * n, d) == pytest.approx(4 * cost(n, d), rel=2e-3)
+    assert cost(n, 2 * d) == pytest.approx(2 * cost(n, d), rel=2e-3)
+
+
+# ---- Section 5: training ---------------------------------------------------------------------------------------------
+
+
+def test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root():
+    """Section 5.3, Equation 3: the learning rate grows linearly for warmup_steps, then falls as 1 / sqrt(step)."""
+    d_model, warmup = 512, 4000  # the paper's own
+    steps = np.arange(1, 100_001, dtype=np.float64)
+    rates = np.asarray(main.learning_rate(steps, d_model, warmup))
+    assert steps[rates.argmax()] == warmup
+    np.testing.assert_allclose(rates.max(), 1 / math.sqrt(d_model * warmup), rtol=2e-7)
+    np.testing.assert_allclose(rates[:warmup], rates.max() * steps[:warmup] / warmup, rtol=2e-7)
+    np.testing.assert_allclose(rates[warmup:], rates.max() * np.sqrt(warmup / steps[warmup:]), rtol=2e-7)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_5_4_dropout_drops_its_share_and_keeps_the_mean(rate):
+    """Section 5.4: dropout drops the share P_drop of the elements; scaling up the others keeps the mean."""
+    samples = 1_000_000
+    dropped = np.asarray(jax.jit(tl.dropout)(jax.random.key(0), np.ones(samples, np.float32), rate))
+    np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=2e-7)
+    five_standard_errors = 5 * math.sqrt(rate * (1 - rate) / samples)
+    assert abs((dropped == 0).mean() - rate) < five_standard_errors
+    assert abs(dropped.mean(dtype=np.float64) - 1) < five_standard_errors / (1 - rate)
+
+
+def test_5_4_dropout_applies_to_the_output_of_each_sublayer(monkeypatch):
+    """Section 5.4: dropout applies to the output of each sub-layer, before it is added to the sub-layer's input.
+
+    Where it drops everything, the residual connections are all that is left: one LayerNorm(x) after the other.
+    """
+    monkeypatch.setattr(tl, "dropout", lambda rng, x, rate: jnp.zeros_like(x))
+    params = random_params(tl.init_decoder, *SIZES)
+    expected = in_float64(X)
+    for p in layers(in_float64(params)):
+        for name in ("self_attention_norm", "cross_attention_norm", "feed_forward_norm"):
+            expected = layer_norm(p[name], expected)
+    output = jax.jit(lambda params, x: tl.decoder(params, x, MEMORY))(params, X)
+    np.testing.assert_allclose(output, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_5_4_without_a_key_there_is_no_dropout():
+    """Section 5.4: dropout is for training; without a random key no random number is drawn, whatever the rate."""
+    assert tl.dropout(None, X, 0.5) is X
+    params = random_params(tl.init_encoder, *SIZES)
+
+    def program(rng, rate):
+        return str(jax.make_jaxpr(lambda rng: tl.encoder(params, X, dropout_rng=rng, dropout_rate=rate))(rng))
+
+    assert "random_bits" in program(jax.random.key(0), 0.5)
+    assert "random_bits" not in program(None, 0.5)
+    assert program(None, 0.5) == program(None, 0.1)
+
+
+# ---- Section 6.2: model variations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("d_model", "heads", "d_ff", "in_the_paper", "expected"),
+    [(512, 8, 2048, 65e6, 63_045_632), (1024, 16, 4096, 213e6, 214_171_648)],
+    ids=["base", "big"],
+)
+def test_6_2_table_3_number_of_parameters(d_model, heads, d_ff, in_the_paper, expected):
+    """Section 6.2, Table 3: the base model has 63.0 million parameters (the paper: 65), the big one 214 (213).
+
+    Six encoder layers, six decoder layers and one embedding of 37,000 symbols, of which nothing is allocated.
+    """
+    rng = jax.random.key(0)
+    model = jax.eval_shape(lambda: main.init_model(rng, 37_000, 6, d_model, heads, d_ff))
+    decoder = jax.eval_shape(lambda: tl.init_decoder(rng, 6, d_model, heads, d_ff))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves((model, decoder)))
+    assert parameters == expected
+    assert parameters == pytest.approx(in_the_paper, rel=0.04)  # of "about 37000" symbols, and rounded
