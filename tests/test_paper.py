@@ -213,7 +213,7 @@ def test_3_2_1_without_the_scale_the_gradient_of_the_softmax_vanishes():
         np.median(np.linalg.norm(gradients(queries, keys, factor), axis=-1)) for factor in (1, math.sqrt(d_k))
     )
     assert with_scale > 0.1
-    assert without_scale < 1e-6
+    assert without_scale < 1e-5  # of a gradient of some e^-30, rounding errors of float32 are all that is left
 
 
 # ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
