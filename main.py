@@ -17,13 +17,18 @@ if __name__ == "__main__":  # before the imports that take a second, so that Ctr
     sys.stdout.reconfigure(line_buffering=True)
 
 import argparse
+import inspect
 import itertools
 import math
 import random
+import re
+import threading
 import time
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from attention import attention_weights
 from transformer_layer import encoder, init_encoder
@@ -97,22 +102,83 @@ def adam(params, moments, gradient, step, rate):
     return jax.tree.map(update, params, mean, square), {"mean": mean, "square": square}
 
 
-def train(params, moments, rng, steps, shape):
+def train(params, moments, rng, steps, shape, sharding=None):
     """Training steps steps[0], ..., steps[1] - 1 in one compiled loop, each on new random strings of the given shape.
 
     Steps count from 1. Returns the parameters, the moments and the loss of the last step before its update. The bounds
-    of the loop are arrays, so any number of steps runs without compiling again.
+    of the loop are arrays, so any number of steps runs without compiling again. The sharding is that of the strings.
     """
 
     def one_step(step, state):
         params, moments, _ = state
         tokens = jax.random.randint(jax.random.fold_in(rng, step), shape, 0, len(SYMBOLS))
+        if sharding is not None:
+            tokens = jax.lax.with_sharding_constraint(tokens, sharding)
         value, gradient = jax.value_and_grad(loss)(params, tokens)
         step = step.astype(jnp.float32)
         rate = learning_rate(step, params["embedding"].shape[-1])
         return *adam(params, moments, gradient, step, rate), value
 
     return jax.lax.fori_loop(steps[0], steps[1], one_step, (params, moments, jnp.float32(0)))
+
+
+# ---- More devices, more machines -------------------------------------------------------------------------------------
+
+# What is split over the devices, as an axis counted from the last: heads and d_ff (Megatron-LM, arXiv 1909.08053).
+SPLIT_AXIS = {"query": -2, "key": -2, "value": -2, "output": -3, "w1": -1, "b1": -1, "w2": -2}
+
+
+def partition_specs(params):
+    """Heads and d_ff over the mesh axis "model", the rest replicated: a PartitionSpec for each leaf of the tree.
+
+    Each device computes its own heads and hidden units; XLA adds one sum over the devices after each sub-layer. Takes
+    any tree of this project (a layer, a stack, the model, Adam's moments), of arrays or of their shapes.
+    """
+
+    def spec(path, leaf):
+        axis = SPLIT_AXIS.get(path[-1].key)
+        return P() if axis is None else P(*[None] * (leaf.ndim + axis), "model")
+
+    return jax.tree.map_with_path(spec, params)
+
+
+def make_mesh(arguments):
+    """The devices of all processes as a mesh ("data", "model"). A size that it does not divide is refused."""
+    devices, parts = jax.device_count(), arguments.model_parallel
+    sizes = {"the number of devices": devices, "--num-heads": arguments.num_heads, "--d-ff": arguments.d_ff}
+    for name, size in sizes.items():
+        if size % parts:
+            refuse(f"--model-parallel must divide {name}, got {parts} and {size}")
+    if arguments.batch_size % (devices // parts):
+        refuse(f"--batch-size must be a multiple of {devices // parts} on this mesh, got {arguments.batch_size}")
+    return jax.make_mesh((devices // parts, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def connect(arguments):
+    """Join the other processes, if there are any, or end this one after --timeout seconds."""
+    if not arguments.distributed and arguments.coordinator is None:
+        return
+    place, timeout = (arguments.coordinator, arguments.num_processes, arguments.process_id), arguments.timeout
+    options = {"initialization_timeout": timeout}
+    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:  # else 100 s
+        options["heartbeat_timeout_seconds"] = 30
+    # JAX ends a process that waits in vain, but some seconds later and by a C++ stack trace in place of a sentence.
+    message = f"not all processes have met at {place[0] or 'the coordinator'} within {timeout} s"
+    too_late = threading.Timer(timeout, stop, [message])
+    too_late.start()
+    try:
+        jax.distributed.initialize(*place, **options)
+    except Exception as error:
+        stop(f"cannot join the other processes: {error}")
+    too_late.cancel()
+    if jax.process_index():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # process 0 alone prints, and so do the C++ libraries
+
+
+def stop(message):
+    """End at once, with one sentence and exit status 1: an orderly exit would wait for the other processes."""
+    print(f"main.py: {message.splitlines()[0]}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 # ---- What the attention looks at -------------------------------------------------------------------------------------
@@ -153,6 +219,12 @@ def decode(logits):
     return ["".join(SYMBOLS[token] for token in tokens) for tokens in logits.argmax(axis=-1).tolist()]
 
 
+def refuse(message):
+    """End the program with one sentence and exit status 2."""
+    print(f"main.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def parse_arguments():
     """The command line; wrong input ends the program with one sentence and exit status 2."""
 
@@ -168,7 +240,7 @@ def parse_arguments():
         description="Initialize a Transformer, run it, train it to write its input backwards, and draw its attention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")
+    parser.error = refuse
     parser.add_argument("text", metavar="TEXT", nargs="?", default="attention is all you need", help="what to reverse")
     parser.add_argument("--length", type=at_least(1), default=32, help="positions; TEXT is padded with spaces")
     parser.add_argument("--d-model", type=at_least(1), default=64, help="width of the layers, an even number")
@@ -178,6 +250,12 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="strings in a training step")
     parser.add_argument("--steps", type=at_least(0), default=300, help="training steps")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
+    parser.add_argument("--model-parallel", type=at_least(1), default=1, help="devices that share one layer")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")
+    parser.add_argument("--num-processes", type=at_least(1), help="several processes: how many there are")
+    parser.add_argument("--process-id", type=at_least(0), help="several processes: which one this is, from 0")
+    parser.add_argument("--distributed", action="store_true", help="ask Slurm, Cloud TPU, ... for all three")
+    parser.add_argument("--timeout", type=at_least(1), default=60, help="seconds to wait for the other processes")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.text) - set(SYMBOLS)):
         parser.error(f"TEXT must be printable ASCII, got {''.join(unknown)!a}")
@@ -187,11 +265,18 @@ def parse_arguments():
         parser.error(
             f"--d-model must be even and a multiple of --num-heads, got {arguments.d_model} and {arguments.num_heads}"
         )
+    place = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if place != (None, None, None) and (None in place or arguments.distributed):
+        parser.error("--coordinator, --num-processes and --process-id belong together, and without --distributed")
+    if place[0] is not None and not re.fullmatch(r".+:\d{1,5}", place[0]):
+        parser.error(f"--coordinator must be HOST:PORT, got {place[0]!a}")
+    if place[0] is not None and place[2] >= place[1]:
+        parser.error(f"--process-id must be below --num-processes, got {place[2]} and {place[1]}")
     return arguments
 
 
-def show_parameters(params):
-    """The pytree as a table."""
+def show_parameters(params, mesh):
+    """The pytree as a table, and how it is spread over the mesh."""
     print("1. Parameters: a Transformer is a dict of arrays\n")
     for path, leaf in jax.tree.leaves_with_path(params):
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
@@ -199,6 +284,9 @@ def show_parameters(params):
     print(
         f"{'total, in MB: ' + format(sum(a.nbytes for a in leaves) / 1e6, '.2f'):<68}{sum(a.size for a in leaves):>12,}"
     )
+    held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in leaves) / sum(a.size for a in leaves)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"{f'mesh: {axes}; on each device':<68}{held:>12.1%}")
 
 
 def timed(function, *arguments):
@@ -215,7 +303,8 @@ def show_forward_pass(params, tokens):
     logits = jax.eval_shape(model, params, tokens)
     for stage, array in (("tokens", tokens), ("embedding + positions", x), ("encoder", x), ("logits", logits)):
         print(f"{stage:<24}{array.shape!s:>18}")
-    forward, compile_ms = timed(jax.jit(model).lower(params, tokens).compile)
+    readable = params["embedding"].sharding  # replicated: a logit that another process holds cannot be printed
+    forward, compile_ms = timed(jax.jit(model, out_shardings=readable).lower(params, tokens).compile)
     timed(forward, params, tokens)  # the first run also allocates
     compiled_logits, run_ms = timed(forward, params, tokens)
     logits, eager_ms = timed(model, params, tokens)
@@ -226,16 +315,19 @@ def show_forward_pass(params, tokens):
     return forward
 
 
-def show_training(arguments, params, forward, strings, rng):
+def show_training(arguments, params, forward, strings, tokens, rng):
     """Train, with a progress line: rewritten in place on a terminal, else a few plain lines. Returns the parameters."""
     print("\n3. Training: write the input backwards, learned from random strings\n")
-    tokens, moments = encode(strings), jax.jit(init_adam)(params)
-    compiled = jax.jit(train, static_argnames="shape", donate_argnames="moments")
-    terminal = sys.stdout.isatty()
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    places = places, {"mean": places, "square": places}
+    moments = jax.jit(init_adam, out_shardings=places[1])(params)
+    static = {"shape": tokens.shape, "sharding": tokens.sharding}
+    compiled = jax.jit(train, static_argnames=static, donate_argnames="moments", out_shardings=(*places, None))
+    terminal = sys.stdout.isatty() and jax.process_count() == 1  # the processes take the same steps
     reports = min(arguments.steps, 50 if terminal else 6)
     bounds = [arguments.steps * i // max(reports, 1) for i in range(reports + 1)]
     for first, last in itertools.pairwise(bounds):
-        params, moments, value = compiled(params, moments, rng, (first + 1, last + 1), shape=tokens.shape)
+        params, moments, value = compiled(params, moments, rng, (first + 1, last + 1), **static)
         written = decode(forward(params, tokens))
         right = sum(a == b for s, w in zip(strings, written, strict=True) for a, b in zip(s[::-1], w, strict=True))
         line = f"step {last:>5}  loss {value:7.4f}  accuracy on held-out strings {right / tokens.size:7.2%}"
@@ -258,7 +350,7 @@ def show_attention(arguments, before, after, tokens):
     print(f"head{'s' * (shown > 1)} 1{f' to {shown}' * (shown > 1)} of {arguments.num_heads}: ", end="")
     print(f"before | after {arguments.steps} steps" if arguments.steps else "untrained")
     print("   row: the position that looks, column: what it looks at, darkest: most")
-    compiled = jax.jit(last_layer_attention)
+    compiled = jax.jit(last_layer_attention, out_shardings=before["embedding"].sharding)
     maps = [compiled(params, tokens) for params in ((before, after) if arguments.steps else (before,))]
     for head in range(shown):
         print()
@@ -269,17 +361,22 @@ def show_attention(arguments, before, after, tokens):
 def main():
     """Parse the command line and print the five parts."""
     arguments = parse_arguments()
+    connect(arguments)
+    mesh = make_mesh(arguments)
     sizes = len(SYMBOLS), arguments.num_layers, arguments.d_model, arguments.num_heads, arguments.d_ff
     rng_params, rng_train = jax.random.split(jax.random.key(arguments.seed))
-    params = jax.jit(init_model, static_argnums=range(1, 6))(rng_params, *sizes)
-    show_parameters(params)
+    specs = partition_specs(jax.eval_shape(lambda rng: init_model(rng, *sizes), rng_params))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    params = jax.jit(init_model, static_argnums=range(1, 6), out_shardings=places)(rng_params, *sizes)
+    show_parameters(params, mesh)
 
     choices = random.Random(arguments.seed).choices
     strings = ["".join(choices(SYMBOLS, k=arguments.length)) for _ in range(arguments.batch_size)]
     strings[0] = arguments.text.ljust(arguments.length)
-    tokens = encode(strings)
+    shape, rows = (arguments.batch_size, arguments.length), NamedSharding(mesh, P("data"))
+    tokens = jax.make_array_from_callback(shape, rows, lambda part: encode(strings[part[0]]))  # a device's own strings
     forward = show_forward_pass(params, tokens)
-    trained = show_training(arguments, params, forward, strings, rng_train)
+    trained = show_training(arguments, params, forward, strings, tokens, rng_train)
 
     print("\n4. Result: a text the model never saw\n")
     written = decode(forward(trained, tokens))[0]
@@ -288,4 +385,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        stop(f"process {jax.process_index()} of {jax.process_count()} lost another one, or failed: {error}")
