@@ -43,7 +43,7 @@ def attention_weights(query, key, mask=None, *, causal=False):
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """
-    query, key, _, mask = _prepared(query, key, key, mask, causal)
+    query, key, _, mask = _checked(query, key, key, mask, causal)
     numerator, denominator = _softmax(query, key, mask, causal)
     return numerator / denominator
 
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     query (..., n, k), key (..., m, k), value (..., m, v), mask broadcasting to (..., n, m) -> (..., n, v), in the dtype
     of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`.
     """
-    query, key, value, mask = _prepared(query, key, value, mask, causal)
+    query, key, value, mask = _checked(query, key, value, mask, causal)
     numerator, denominator = _softmax(query, key, mask, causal)
     # Dividing after the product with V is the same sum, on an n x v matrix in place of the n x m one.
     weighted_sum = jnp.einsum("...nm,...mv->...nv", numerator, value)
@@ -72,10 +72,10 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     Arguments, result and errors are those of `scaled_dot_product_attention`, with memory linear in n and m. Also raises
     ValueError for a block_size below 1.
     """
-    query, key, value, mask = _prepared(query, key, value, mask, causal)
+    query, key, value, mask = _checked(query, key, value, mask, causal)
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be a Python int of at least 1, got {block_size}")
-    (n, d_k), m, dtype = query.shape[-2:], key.shape[-2], jnp.result_type(query, key, jnp.float32)
+    n, m, dtype = query.shape[-2], key.shape[-2], jnp.result_type(query, key, jnp.float32)
     leading = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     shape = (*leading, n, value.shape[-1])
     if 0 in (m, *shape):
@@ -95,8 +95,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
             allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
             if mask is not None:
                 allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
-            scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
-            scores = jnp.where(allowed, scores, -jnp.inf)
+            scores = jnp.where(allowed, _scores(query, key), -jnp.inf)
             new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
             exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
             denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
@@ -116,10 +115,18 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     return output.reshape(*leading, -1, value.shape[-1])[..., :n, :]
 
 
+def _scores(query, key):
+    """Q K^T / sqrt(d_k): (..., n, m), in at least float32, and finite for all finite inputs."""
+    dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
+    # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
+    limit = math.sqrt(float(jnp.finfo(dtype).max) / (8 * d_k))
+    query, key = jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit)
+    return jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+
+
 def _softmax(query, key, mask, causal):
     """The softmax of Equation 1 as numerator (..., n, m) and denominator (..., n, 1)."""
-    (n, d_k), m, dtype = query.shape[-2:], key.shape[-2], jnp.result_type(query, key, jnp.float32)
-    scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+    scores, n, m = _scores(query, key), query.shape[-2], key.shape[-2]
     if causal:
         mask = causal_mask(n) if mask is None else mask & causal_mask(n)
     if m == 0:
@@ -127,7 +134,7 @@ def _softmax(query, key, mask, causal):
     if mask is not None:
         # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the
         # n x m matrix. A selection by jnp.where keeps them apart.
-        scores += jnp.where(mask, 0, float(jnp.finfo(dtype).min) / 2)
+        scores += jnp.where(mask, 0, float(jnp.finfo(scores.dtype).min) / 2)
     maximum = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
     numerator = jnp.exp(scores - maximum)
     denominator = numerator.sum(axis=-1, keepdims=True)
@@ -154,8 +161,8 @@ def _part(mask, positions, axis):
     return jnp.take(mask, positions, axis=axis, mode="fill", fill_value=False)
 
 
-def _prepared(query, key, value, mask, causal):
-    """The arguments as arrays, with finite products of query and key; or one sentence on what does not fit."""
+def _checked(query, key, value, mask, causal):
+    """The arguments as arrays, or one sentence on what does not fit."""
     query, key, value = floating("query", query), floating("key", key), floating("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
@@ -180,9 +187,7 @@ def _prepared(query, key, value, mask, causal):
         raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal}")
     if causal and n != m:
         raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
-    # Clipped, no score of finite inputs exceeds an eighth of the largest number, whatever the padding holds.
-    limit = math.sqrt(float(jnp.finfo(jnp.result_type(query, key, jnp.float32)).max) / (8 * d_k))
-    return jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit), value, mask
+    return query, key, value, mask
 
 
 def floating(name, x):

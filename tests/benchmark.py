@@ -281,9 +281,9 @@ def main():
         layer_table(1, 8, 1)
         depth_table([1, 2], 1)
     else:
-        attention_table([512, 1024, 2048, 4096, 8192], [9, 9, 7, 5, 2])
+        attention_table([512, 1024, 2048, 4096, 8192], [9, 9, 5, 3, 1])
         layer_table(8, 128, 21)
-        depth_table([6, 48], 3)
+        depth_table([6, 48], 1)
 
 
 if __name__ == "__main__":
