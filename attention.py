@@ -87,7 +87,6 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         i, query = block_of_queries
         rows = i * n_block + jnp.arange(n_block)
 
-        @jax.checkpoint
         def add_block(carry, block_of_keys):
             maximum, denominator, weighted_sum = carry
             j, key, value = block_of_keys
@@ -95,53 +94,55 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
             allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
             if mask is not None:
                 allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
-            scores = jnp.where(allowed, _scores(query, key), -jnp.inf)
+            scores = _scores(query, key, allowed)
             new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
             exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
             denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
             weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
             return new_maximum, denominator, weighted_sum
 
+        @jax.checkpoint
         def step(carry, block_of_keys):
             seen = not causal or block_of_keys[0] * m_block <= rows[-1]
             return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, block_of_keys), None
 
         zeros = jnp.zeros((*leading, n_block, 1), dtype)
-        start = zeros + jnp.finfo(dtype).min, zeros, zeros * jnp.zeros(value.shape[-1], dtype)
+        start = zeros + _floor(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)
         (_, denominator, weighted_sum), _ = jax.lax.scan(step, start, _blocks(m_block, key, value))
-        return (weighted_sum / jnp.where(denominator == 0, 1, denominator)).astype(value.dtype)
+        return denominator, weighted_sum
 
-    output = jnp.moveaxis(jax.lax.map(attend, _blocks(n_block, query)), 0, -3)
+    denominator, weighted_sum = jax.lax.map(attend, _blocks(n_block, query))
+    output = jnp.moveaxis(weighted_sum / (denominator + 1e-18), 0, -3).astype(value.dtype)
     return output.reshape(*leading, -1, value.shape[-1])[..., :n, :]
 
 
-def _scores(query, key):
-    """Q K^T / sqrt(d_k): (..., n, m), in at least float32, and finite for all finite inputs."""
+def _scores(query, key, mask):
+    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, above `_floor` where mask is True and below it elsewhere."""
     dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
     # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
     limit = math.sqrt(float(jnp.finfo(dtype).max) / (8 * d_k))
     query, key = jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit)
-    return jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+    scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+    # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the n x m
+    # matrix. A selection by jnp.where keeps them apart.
+    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _floor(dtype))
+
+
+def _floor(dtype):
+    """Any score that counts lies above. Subtracted as the maximum where none does, it leaves only exp(-huge) = 0."""
+    return float(jnp.finfo(dtype).min) / 4
 
 
 def _softmax(query, key, mask, causal):
     """The softmax of Equation 1 as numerator (..., n, m) and denominator (..., n, 1)."""
-    scores, n, m = _scores(query, key), query.shape[-2], key.shape[-2]
     if causal:
-        mask = causal_mask(n) if mask is None else mask & causal_mask(n)
-    if m == 0:
-        mask = jnp.zeros((n, 0), dtype=bool)  # without keys, every query attends to nothing
-    if mask is not None:
-        # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the
-        # n x m matrix. A selection by jnp.where keeps them apart.
-        scores += jnp.where(mask, 0, float(jnp.finfo(scores.dtype).min) / 2)
-    maximum = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
-    numerator = jnp.exp(scores - maximum)
-    denominator = numerator.sum(axis=-1, keepdims=True)
-    if mask is not None:
-        # What attends to nothing is divided by infinity.
-        denominator += jnp.where(mask.any(axis=-1, keepdims=True), 0, jnp.inf)
-    return numerator, denominator
+        length = query.shape[-2]
+        mask = causal_mask(length) if mask is None else mask & causal_mask(length)
+    scores = _scores(query, key, mask)
+    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _floor(scores.dtype))
+    numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))
+    # A sum holds exp(0) = 1 or, without keys, is 0: 1e-18 is lost in the one, and divides the other without a NaN.
+    return numerator, numerator.sum(axis=-1, keepdims=True) + 1e-18
 
 
 def _blocks(size, *arrays):

@@ -4,7 +4,8 @@
 
 Contestants run in turn, round after round, so that a machine that slows down slows all of them; a figure is the median
 of the rounds, followed by half the distance from the fastest to the slowest. Temporary memory is what XLA allocates
-besides arguments and results (`memory_analysis`). flax, equinox, dm-haiku and torch join where they are installed.
+besides arguments and results (`memory_analysis`). A gradient is timed together with the value, as training takes both.
+flax, equinox, dm-haiku and torch join where they are installed.
 """
 
 import argparse
@@ -37,15 +38,15 @@ def progress(text):
 def race(label, contestants, rounds):
     """Median and half the range, in milliseconds, of each {name: function without arguments}, run in turn."""
     times = {name: [] for name in contestants}
-    for i in range(rounds + 1):
+    for i in range(rounds):
         for name, function in contestants.items():
-            progress(f"{label}: {name}, round {i} of {rounds}")
+            progress(f"{label}: {name}, round {i + 1} of {rounds}")
+            jax.block_until_ready(function())  # not counted: a run after another contestant's is slower by up to a fifth
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append((time.perf_counter() - start) * 1e3)
     progress("")
-    counted = {name: values[1:] for name, values in times.items()}  # the first round warms up
-    return {name: (statistics.median(values), (max(values) - min(values)) / 2) for name, values in counted.items()}
+    return {name: (statistics.median(values), (max(values) - min(values)) / 2) for name, values in times.items()}
 
 
 def table(header, rows):
@@ -89,7 +90,7 @@ def attention_table(lengths, rounds):
                     def loss(query, key, value, weight, forward=forward):
                         return jnp.vdot(forward(query, key, value), weight)
 
-                    arguments, traced = (query, key, value, weight), jax.grad(loss, argnums=(0, 1, 2))
+                    arguments, traced = (query, key, value, weight), jax.value_and_grad(loss, argnums=(0, 1, 2))
                 else:
                     arguments, traced = (query, key, value), forward
                 progress(f"attention, n = {length}, {kind}: compiling {name}")
@@ -226,7 +227,7 @@ def layer_table(batch, length, rounds):
                 return jnp.square(function(parameters, x)).sum()
 
             progress(f"layer, {kind}: compiling {name}")
-            compiled = jax.jit(jax.grad(loss) if kind == "gradient" else function).lower(parameters, x).compile()
+            compiled = jax.jit(jax.value_and_grad(loss) if kind == "gradient" else function).lower(parameters, x).compile()
             contestants[name] = functools.partial(compiled, parameters, x)
         if importlib.util.find_spec("torch"):
             contestants["torch"] = torch_layer(x, kind)
@@ -281,7 +282,7 @@ def main():
         layer_table(1, 8, 1)
         depth_table([1, 2], 1)
     else:
-        attention_table([512, 1024, 2048, 4096, 8192], [9, 9, 5, 3, 1])
+        attention_table([512, 1024, 2048, 4096, 8192], [15, 9, 5, 3, 1])
         layer_table(8, 128, 21)
         depth_table([6, 48], 1)
 
