@@ -82,7 +82,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         return jnp.zeros(shape, value.dtype)
     n_block, m_block = min(block_size, n), min(block_size, m)
 
-    @jax.checkpoint
+    @jax.checkpoint  # of a block of queries, keep the result only: not the maximum after each block of keys
     def attend(block_of_queries):
         i, query = block_of_queries
         rows = i * n_block + jnp.arange(n_block)
@@ -101,13 +101,13 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
             weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
             return new_maximum, denominator, weighted_sum
 
-        @jax.checkpoint
+        @jax.checkpoint  # of a block of keys, keep the maximum only: not the exponentials
         def step(carry, block_of_keys):
             seen = not causal or block_of_keys[0] * m_block <= rows[-1]
             return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, block_of_keys), None
 
         zeros = jnp.zeros((*leading, n_block, 1), dtype)
-        start = zeros + _floor(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)
+        start = zeros + _least_score(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)
         (_, denominator, weighted_sum), _ = jax.lax.scan(step, start, _blocks(m_block, key, value))
         return denominator, weighted_sum
 
@@ -117,7 +117,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
 
 def _scores(query, key, mask):
-    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, above `_floor` where mask is True and below it elsewhere."""
+    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, above `_least_score` where mask is True and below it elsewhere."""
     dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
     # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
     limit = math.sqrt(float(jnp.finfo(dtype).max) / (8 * d_k))
@@ -125,11 +125,11 @@ def _scores(query, key, mask):
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
     # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the n x m
     # matrix. A selection by jnp.where keeps them apart.
-    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _floor(dtype))
+    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _least_score(dtype))
 
 
-def _floor(dtype):
-    """Any score that counts lies above. Subtracted as the maximum where none does, it leaves only exp(-huge) = 0."""
+def _least_score(dtype):
+    """Between the scores that count and the masked ones. As the maximum of a row of masked ones, it makes exp zero."""
     return float(jnp.finfo(dtype).min) / 4
 
 
@@ -139,7 +139,7 @@ def _softmax(query, key, mask, causal):
         length = query.shape[-2]
         mask = causal_mask(length) if mask is None else mask & causal_mask(length)
     scores = _scores(query, key, mask)
-    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _floor(scores.dtype))
+    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _least_score(scores.dtype))
     numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))
     # A sum holds exp(0) = 1 or, without keys, is 0: 1e-18 is lost in the one, and divides the other without a NaN.
     return numerator, numerator.sum(axis=-1, keepdims=True) + 1e-18

@@ -41,7 +41,8 @@ def race(label, contestants, rounds):
     for i in range(rounds):
         for name, function in contestants.items():
             progress(f"{label}: {name}, round {i + 1} of {rounds}")
-            jax.block_until_ready(function())  # not counted: a run after another contestant's is slower by up to a fifth
+            if rounds > 1:  # not counted: the first run after another contestant's is up to a fifth slower
+                jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -57,9 +58,9 @@ def table(header, rows):
 
 
 def milliseconds(median, spread):
-    """A median and its spread, with three significant digits or more."""
+    """A median and, unless it is of a single run, its spread, with three significant digits or more."""
     digits = 0 if median >= 100 else 1 if median >= 10 else 2
-    return f"{median:,.{digits}f} ± {spread:,.{digits}f}"
+    return f"{median:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "")
 
 
 # ---- Attention over the length ---------------------------------------------------------------------------------------
@@ -227,7 +228,8 @@ def layer_table(batch, length, rounds):
                 return jnp.square(function(parameters, x)).sum()
 
             progress(f"layer, {kind}: compiling {name}")
-            compiled = jax.jit(jax.value_and_grad(loss) if kind == "gradient" else function).lower(parameters, x).compile()
+            traced = jax.value_and_grad(loss) if kind == "gradient" else function
+            compiled = jax.jit(traced).lower(parameters, x).compile()
             contestants[name] = functools.partial(compiled, parameters, x)
         if importlib.util.find_spec("torch"):
             contestants["torch"] = torch_layer(x, kind)
@@ -243,16 +245,16 @@ def layer_table(batch, length, rounds):
 
 
 def depth_table(depths, rounds):
-    """Seconds to compile the encoder: `jax.lax.scan` over the stacked layers against a Python loop over them."""
+    """Seconds to trace and compile the encoder of the base model: `jax.lax.scan` against a Python loop."""
 
     def loop(params, x):
         for i in range(len(params["feed_forward"]["b1"])):
             x = encoder_layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
         return x
 
-    x, contestants = jax.ShapeDtypeStruct((2, 16, 32), jnp.float32), {}
+    x, contestants = jax.ShapeDtypeStruct((8, 128, D_MODEL), jnp.float32), {}
     for depth in depths:
-        params = jax.eval_shape(lambda depth=depth: init_encoder(jax.random.key(0), depth, 32, 2, 64))
+        params = jax.eval_shape(lambda depth=depth: init_encoder(jax.random.key(0), depth, D_MODEL, HEADS, D_FF))
         for name, function in (("scan", encoder), ("loop", loop)):
             # A new function each time, so that JAX does not find the compiled one in its cache.
             contestants[name, depth] = lambda params=params, function=function: (
@@ -283,7 +285,7 @@ def main():
         depth_table([1, 2], 1)
     else:
         attention_table([512, 1024, 2048, 4096, 8192], [15, 9, 5, 3, 1])
-        layer_table(8, 128, 21)
+        layer_table(8, 128, 15)
         depth_table([6, 48], 1)
 
 
