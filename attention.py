@@ -87,24 +87,31 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         i, query = block_of_queries
         rows = i * n_block + jnp.arange(n_block)
 
-        def add_block(carry, block_of_keys):
-            maximum, denominator, weighted_sum = carry
-            j, key, value = block_of_keys
-            columns = j * m_block + jnp.arange(m_block)
-            allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
-            if mask is not None:
-                allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
-            scores = _scores(query, key, allowed)
-            new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
-            exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
-            denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
-            weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
-            return new_maximum, denominator, weighted_sum
-
         @jax.checkpoint  # of a block of keys, keep the maximum only: not the exponentials
         def step(carry, block_of_keys):
-            seen = not causal or block_of_keys[0] * m_block <= rows[-1]
-            return jax.lax.cond(seen, add_block, lambda carry, _: carry, carry, block_of_keys), None
+            j, key, value = block_of_keys
+            columns = j * m_block + jnp.arange(m_block)
+
+            def add_block(carry, masked):
+                maximum, denominator, weighted_sum = carry
+                allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
+                if mask is not None:
+                    allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
+                scores = _scores(query, key, allowed if masked else None)
+                new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
+                exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
+                denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
+                weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
+                return new_maximum, denominator, weighted_sum
+
+            hidden = causal and columns[0] > rows[-1]
+            visible = mask is None and columns[-1] <= (rows[0] if causal else m - 1)
+            branches = [
+                lambda carry: carry,
+                lambda carry: add_block(carry, False),
+                lambda carry: add_block(carry, True),
+            ]
+            return jax.lax.switch(jnp.where(hidden, 0, jnp.where(visible, 1, 2)), branches, carry), None
 
         zeros = jnp.zeros((*leading, n_block, 1), dtype)
         start = zeros + _least_score(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)
@@ -117,11 +124,8 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
 
 def _scores(query, key, mask):
-    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, above `_least_score` where mask is True and below it elsewhere."""
+    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, below `_least_score` where mask is False, else above."""
     dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
-    # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
-    limit = math.sqrt(float(jnp.finfo(dtype).max) / (8 * d_k))
-    query, key = jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit)
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
     # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the n x m
     # matrix. A selection by jnp.where keeps them apart.
@@ -163,7 +167,7 @@ def _part(mask, positions, axis):
 
 
 def _checked(query, key, value, mask, causal):
-    """The arguments as arrays, or one sentence on what does not fit."""
+    """The arguments as arrays whose scores are finite, or one sentence on what does not fit."""
     query, key, value = floating("query", query), floating("key", key), floating("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
@@ -188,7 +192,9 @@ def _checked(query, key, value, mask, causal):
         raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal}")
     if causal and n != m:
         raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
-    return query, key, value, mask
+    # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
+    limit = math.sqrt(float(jnp.finfo(jnp.result_type(query, key, jnp.float32)).max) / (8 * d_k))
+    return jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit), value, mask
 
 
 def floating(name, x):
