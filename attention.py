@@ -9,6 +9,7 @@ Pure functions of arrays, without parameters. The axes, in shapes and einsum str
 A mask is boolean, True where a query may attend to a key. It broadcasts to (..., n, m), and masks combine with `&`.
 """
 
+import functools
 import math
 
 import jax
@@ -106,12 +107,10 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
             hidden = causal and columns[0] > rows[-1]
             visible = mask is None and columns[-1] <= (rows[0] if causal else m - 1)
-            branches = [
-                lambda carry: carry,
-                lambda carry: add_block(carry, False),
-                lambda carry: add_block(carry, True),
-            ]
-            return jax.lax.switch(jnp.where(hidden, 0, jnp.where(visible, 1, 2)), branches, carry), None
+            branches = [lambda carry: carry, functools.partial(add_block, masked=True)]
+            if mask is None:
+                branches.append(functools.partial(add_block, masked=False))
+            return jax.lax.switch(jnp.where(hidden, 0, 1 + visible), branches, carry), None
 
         zeros = jnp.zeros((*leading, n_block, 1), dtype)
         start = zeros + _least_score(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)

@@ -1,19 +1,33 @@
-"""What several test files share: random inputs and parameters, made by NumPy so that nothing is compiled for them."""
+"""What several test files share: random inputs and parameters, and programs that run beside the tests."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 try:
     from jax import enable_x64
 except ImportError:  # its place in older versions of JAX
     from jax.experimental import enable_x64
 
-__all__ = ["arrays", "enable_x64", "random_params"]
+__all__ = ["EARLY", "arrays", "early", "enable_x64", "random_params"]
+
+EARLY = {}  # what begins, by the name of its fixture
+THREADS = ThreadPoolExecutor(max_workers=2)
+
+
+def early(function):
+    """A session fixture that conftest.py begins in the background as soon as a test that asks for it is collected."""
+    future = functools.cache(lambda: THREADS.submit(function))
+    EARLY[function.__name__] = future
+    return pytest.fixture(scope="session", name=function.__name__)(lambda: future().result())
 
 
 def arrays(*shapes, seed=0, dtype=jnp.float32):
-    """Standard normal arrays of the given shapes."""
+    """Standard normal arrays of the given shapes, made by NumPy so that nothing is compiled for them."""
     generator = np.random.default_rng(seed)
     return [jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes]
 

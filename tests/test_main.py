@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import main
-from common import random_params
+from common import early, random_params
 
 PROGRAM = [sys.executable, str(Path(main.__file__))]
 SMALL = {"length": 12, "d-model": 16, "num-heads": 2, "num-layers": 2, "d-ff": 24, "batch-size": 1, "steps": 7}
@@ -29,9 +29,15 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def test_the_default_run_reverses_a_text_it_never_saw():
+@early
+def default_run():
+    """The output of `python main.py TEXT`."""
+    return run("Never odd or even, 1234")
+
+
+def test_the_default_run_reverses_a_text_it_never_saw(default_run):
     """`python main.py TEXT` shows its five parts in order, learns to reverse, and draws the anti-diagonal."""
-    output = run("Never odd or even, 1234")
+    output = default_run
     headings = ["Parameters", "Forward pass", "Training", "Result", "Attention"]
     assert re.findall(r"^\d\. (\w+(?: pass)?)", output, re.MULTILINE) == headings
     assert "output  4321 ,neve ro ddo reveN\n" in output

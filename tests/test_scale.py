@@ -1,7 +1,6 @@
 """partition_specs and main.py on many devices and in several processes: virtual CPU devices, the loopback interface.
 
-Everything runs in subprocesses, so that the other tests keep their one device. The longer ones start together, when
-the first test needs one of them.
+Everything runs in subprocesses, so that the other tests keep their one device.
 """
 
 import json
@@ -11,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import main
-from common import arrays, random_params
+from common import arrays, early, random_params
 from transformer_layer import (
     decoder,
     encoder,
@@ -81,35 +79,43 @@ def read(lines, until=None):
     return text
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """What several tests look at: a function of a name that waits for that run and returns what it printed."""
-    modules = os.pathsep.join((str(Path(main.__file__).parent), str(Path(__file__).parent)))
-    probe = start([sys.executable, __file__], devices=8, JAX_ENABLE_X64="1", PYTHONPATH=modules)
-    several = start([*PROGRAM, *SMALL, "--model-parallel", "2"], devices=8)
-    one = start([*PROGRAM, *SMALL])
-    two, lines = start_two(*SMALL, "--model-parallel", "2", devices=2, terminal=True)
-    processes = {"probe": probe, "8 devices": several, "1 device": one, "process 0": two[0], "process 1": two[1]}
-    terminal, finished = [], {}
-    reader = threading.Thread(target=lambda: terminal.append(read(lines)))  # it holds some kilobytes, then must be read
-    reader.start()
-
-    def result(name):
-        if name not in finished:
-            output, errors = processes[name].communicate(timeout=180)
-            assert (processes[name].returncode, errors) == (0, ""), name
-            if name == "process 0":
-                reader.join()
-                output = terminal[0].replace("\r\n", "\n")
-            finished[name] = json.loads(output) if name == "probe" else output
-        return finished[name]
-
-    yield result
-    for process in processes.values():
+def finished(process, seconds=180):
+    """What a process printed, once it has ended well."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
         process.kill()
-        process.communicate()
-    reader.join()
-    lines.close()
+    assert (process.returncode, errors) == (0, "")
+    return output
+
+
+@early
+def report():
+    """What `probe`, at the end of this file, finds on 8 devices."""
+    modules = os.pathsep.join((str(Path(main.__file__).parent), str(Path(__file__).parent)))
+    return json.loads(finished(start([sys.executable, __file__], devices=8, JAX_ENABLE_X64="1", PYTHONPATH=modules)))
+
+
+@early
+def one_device():
+    """The output of a training run on one device."""
+    return finished(start([*PROGRAM, *SMALL]))
+
+
+@early
+def eight_devices():
+    """The output of the same run on 8 devices."""
+    return finished(start([*PROGRAM, *SMALL, "--model-parallel", "2"], devices=8))
+
+
+@early
+def two_processes():
+    """The outputs of the same run as two processes of 2 devices each, the first of which writes to a terminal."""
+    processes, lines = start_two(*SMALL, "--model-parallel", "2", devices=2, terminal=True)
+    with lines:
+        output = read(lines).replace("\r\n", "\n")
+    finished(processes[0])
+    return output, finished(processes[1])
 
 
 # ---- partition_specs, read off the shapes ----------------------------------------------------------------------------
@@ -245,35 +251,35 @@ def probe():
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_many_devices_give_the_numbers_of_one(runs, shape):
+def test_many_devices_give_the_numbers_of_one(report, shape):
     """Encoder and decoder stacks on 8 devices, forward and gradient, are the single-device numbers, in float64."""
-    for name, difference in runs("probe")[str(shape)]["differences"].items():
+    for name, difference in report[str(shape)]["differences"].items():
         assert difference < 1e-11, name
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_each_device_holds_its_share_of_the_parameters(runs, shape):
+def test_each_device_holds_its_share_of_the_parameters(report, shape):
     """Each device holds 1/N of the split leaves and all of the few others (7% here, by the small d_model)."""
-    shares = runs("probe")[str(shape)]["shares"]
+    shares = report[str(shape)]["shares"]
     assert len(shares) == 8
     np.testing.assert_allclose(shares, 1 / shape[1], atol=0.07)
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_the_program_sums_after_each_sublayer_and_gathers_nothing(runs, shape):
+def test_the_program_sums_after_each_sublayer_and_gathers_nothing(report, shape):
     """The HLO of a forward pass has one all-reduce for each sub-layer, 2 and 3, and none where nothing is split.
 
     Neither it nor the gradient has another collective: no weight is gathered. The gradient is summed over "data".
     """
-    collectives = runs("probe")[str(shape)]["collectives"]
+    collectives = report[str(shape)]["collectives"]
     assert collectives["forward"].pop("all-reduce") == (5 if shape[1] > 1 else 0)
     assert collectives["with gradient"].pop("all-reduce") > (5 if shape[1] > 1 else 0)
     assert set(collectives["forward"].values()) | set(collectives["with gradient"].values()) == {0}
 
 
-def test_training_strings_are_made_where_they_are_used(runs):
+def test_training_strings_are_made_where_they_are_used(report):
     """`train` splits its random strings over "data": the gradients of 8 devices are summed, so none saw them all."""
-    assert runs("probe")["train"] > 0
+    assert report["train"] > 0
 
 
 # ---- 8 devices and two processes: the program ------------------------------------------------------------------------
@@ -283,21 +289,22 @@ def final_loss(output):
     return float(re.findall(r"step +160  loss +([\d.]+)", output)[-1])
 
 
-@pytest.mark.parametrize(("run", "mesh"), [("8 devices", (4, 2)), ("process 0", (2, 2))])
-def test_training_on_many_devices_learns_the_same(runs, run, mesh):
+def test_training_on_many_devices_learns_the_same(one_device, eight_devices, two_processes):
     """8 devices, and two processes of 2, show the mesh, reverse the text and end at the single-device loss."""
-    output, single = runs(run), runs("1 device")
-    assert re.search(rf"^mesh: data {mesh[0]} x model {mesh[1]}; on each device +5\d\.\d%$", output, re.MULTILINE)
-    assert re.search(r"^mesh: data 1 x model 1; on each device +100\.0%$", single, re.MULTILINE)
-    for text in (output, single):
-        assert "output  reward\n" in text
-    assert final_loss(output) == pytest.approx(final_loss(single), abs=2e-3)
+    for output, mesh, share in (
+        (one_device, "data 1 x model 1", r"100\.0"),
+        (eight_devices, "data 4 x model 2", r"5\d\.\d"),
+        (two_processes[0], "data 2 x model 2", r"5\d\.\d"),
+    ):
+        assert re.search(rf"^mesh: {mesh}; on each device +{share}%$", output, re.MULTILINE)
+        assert "output  reward\n" in output
+        assert final_loss(output) == pytest.approx(final_loss(one_device), abs=2e-3)
 
 
-def test_process_0_alone_prints(runs):
+def test_process_0_alone_prints(two_processes):
     """Of two processes, the other one writes nothing; that process 0 writes to a terminal makes no difference."""
-    assert runs("process 0").count("4. Result") == 1
-    assert runs("process 1") == ""
+    assert two_processes[0].count("4. Result") == 1
+    assert two_processes[1] == ""
 
 
 def end(process, seconds):
@@ -310,34 +317,52 @@ def end(process, seconds):
     return process.returncode, errors, time.monotonic() - before
 
 
+@early
+def lost_processes():
+    """For each victim of two processes, killed at work: how the other one ended, and after how many seconds."""
+    ends = []
+    for victim, until in enumerate(("2. Forward pass", "3. Training")):
+        processes, lines = start_two("--length", "4", "--steps", "1000000", "TEXT")
+        try:
+            read(lines, until=until)
+            processes[victim].kill()
+            ends.append(end(processes[1 - victim], 60))
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+            lines.close()
+    return ends
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_process_ends_the_other(victim):
+def test_a_lost_process_ends_the_other(lost_processes, victim):
     """When one of two processes is killed at work, the other ends within a minute, non-zero, and says why."""
-    processes, lines = start_two("--length", "4", "--steps", "1000000", "TEXT")
-    try:
-        read(lines, until="2. Forward pass" if victim == 0 else "3. Training")
-        processes[victim].kill()
-        status, errors, seconds = end(processes[1 - victim], 60)
-        assert status not in (0, None)
-        # The first sentence is ours, where JAX lets a collective fail; the second JAX's, where its runtime is faster.
-        assert re.search(r"^main\.py: process \d of 2 lost another one|another task died", errors, re.MULTILINE)
-        assert seconds < 60
-        if victim == 1:
-            assert (status, len(errors.splitlines()), "Traceback" in errors) == (1, 1, False)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-        lines.close()
+    status, errors, seconds = lost_processes[victim]
+    assert status not in (0, None)
+    # The first sentence is ours, where JAX lets a collective fail; the second JAX's, where its runtime is faster.
+    assert re.search(r"^main\.py: process \d of 2 lost another one|another task died", errors, re.MULTILINE)
+    assert seconds < 60
+    if victim == 1:
+        assert (status, len(errors.splitlines()), "Traceback" in errors) == (1, 1, False)
 
 
-@pytest.mark.parametrize("process_id", ["0", "1"])
-def test_a_process_without_the_others_gives_up(process_id):
+@early
+def lonely_processes():
+    """How process 0 and process 1 end, each without the other: (address, status, standard error)."""
+    ends = []
+    for process_id in ("0", "1"):
+        here = f"127.0.0.1:{free_port()}"
+        arguments = ["--coordinator", here, "--num-processes", "2", "--process-id", process_id, "--timeout", "2"]
+        process = start([*PROGRAM, *arguments], JAX_COORDINATOR_BIND_ADDRESS=here)
+        ends.append((here, *end(process, 30)[:2]))
+    return ends
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_a_process_without_the_others_gives_up(lonely_processes, process_id):
     """Without a coordinator, or with nobody else, a process ends after --timeout with one sentence and status 1."""
-    here = f"127.0.0.1:{free_port()}"
-    arguments = ["--coordinator", here, "--num-processes", "2", "--process-id", process_id, "--timeout", "2"]
-    process = start([*PROGRAM, *arguments], JAX_COORDINATOR_BIND_ADDRESS=here)
-    status, errors, _ = end(process, 30)
+    here, status, errors = lonely_processes[process_id]
     assert (status, errors) == (1, f"main.py: not all processes have met at {here} within 2 s\n")
 
 
