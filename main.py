@@ -237,25 +237,38 @@ def parse_arguments():
         return integer
 
     parser = argparse.ArgumentParser(
-        description="Initialize a Transformer, run it, train it to write its input backwards, and draw its attention.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Initialize a Transformer, run it, train it to write its input backwards, and draw its attention."
     )
     parser.error = refuse
-    parser.add_argument("text", metavar="TEXT", nargs="?", default="attention is all you need", help="what to reverse")
-    parser.add_argument("--length", type=at_least(1), default=32, help="positions; TEXT is padded with spaces")
-    parser.add_argument("--d-model", type=at_least(1), default=64, help="width of the layers, an even number")
-    parser.add_argument("--num-heads", type=at_least(1), default=1, help="attention heads, a divisor of --d-model")
-    parser.add_argument("--num-layers", type=at_least(1), default=1, help="encoder layers")
-    parser.add_argument("--d-ff", type=at_least(1), default=128, help="inner width of the feed-forward network")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="strings in a training step")
-    parser.add_argument("--steps", type=at_least(0), default=300, help="training steps")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
-    parser.add_argument("--model-parallel", type=at_least(1), default=1, help="devices that share one layer")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")
-    parser.add_argument("--num-processes", type=at_least(1), help="several processes: how many there are")
-    parser.add_argument("--process-id", type=at_least(0), help="several processes: which one this is, from 0")
-    parser.add_argument("--distributed", action="store_true", help="ask Slurm, Cloud TPU, ... for all three")
-    parser.add_argument("--timeout", type=at_least(1), default=60, help="seconds to wait for the other processes")
+    parser.add_argument(
+        "text",
+        metavar="TEXT",
+        nargs="?",
+        default="attention is all you need",
+        help="what to reverse (default: %(default)s)",
+    )
+    for flag, smallest, default, meaning in (
+        ("--length", 1, 32, "positions; TEXT is padded with spaces"),
+        ("--d-model", 1, 64, "width of the layers, an even number"),
+        ("--num-heads", 1, 1, "attention heads, a divisor of --d-model"),
+        ("--num-layers", 1, 1, "encoder layers"),
+        ("--d-ff", 1, 128, "inner width of the feed-forward network"),
+        ("--batch-size", 1, 64, "strings in a training step"),
+        ("--steps", 0, 300, "training steps"),
+        ("--seed", 0, 0, "seed of all random numbers"),
+        ("--model-parallel", 1, 1, "devices that share one layer"),
+    ):
+        parser.add_argument(
+            flag, metavar="N", type=at_least(smallest), default=default, help=f"{meaning} (default: {default})"
+        )
+    several = parser.add_argument_group("several processes")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
+    several.add_argument("--num-processes", metavar="N", type=at_least(1), help="how many there are")
+    several.add_argument("--process-id", metavar="N", type=at_least(0), help="which one this is, from 0")
+    several.add_argument("--distributed", action="store_true", help="ask Slurm, Cloud TPU, ... for all three")
+    several.add_argument(
+        "--timeout", metavar="N", type=at_least(1), default=60, help="seconds to wait for the others (default: 60)"
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.text) - set(SYMBOLS)):
         parser.error(f"TEXT must be printable ASCII, got {''.join(unknown)!a}")

@@ -115,7 +115,7 @@ def temporary_bytes(length, gradient):
     """What XLA allocates besides arguments and results, for 2 heads of 16, causal, with a padding mask."""
 
     def attend(query, key, value, mask):
-        return flash_attention(query, key, value, mask, causal=True, block_size=64).sum()
+        return flash_attention(query, key, value, mask, causal=True, block_size=16).sum()
 
     x = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, 1, 1, length), bool)

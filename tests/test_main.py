@@ -50,6 +50,19 @@ def test_the_default_run_reverses_a_text_it_never_saw(default_run):
     assert sum(abs(column - (31 - row)) <= 1 for row, column in enumerate(darkest) if column >= 0) >= 24
 
 
+def test_readme_shows_this_run(default_run):
+    """Each line that README shows of the output is one of this run, in order, the numbers that vary aside."""
+
+    def without_numbers(line):
+        return re.sub(r" *\d[\d.e-]*(?=%| ms|$)|(?<=loss) +[\d.]+", " #", line.rstrip())
+
+    readme = Path(main.__file__).with_name("README.md").read_text(encoding="utf-8")
+    sample = re.search(r"^```text\n(2\. .*?)^```$", readme, re.DOTALL | re.MULTILINE)[1]
+    lines = iter([without_numbers(line) for line in default_run.splitlines()])
+    for line in sample.splitlines():
+        assert without_numbers(line) in lines, line
+
+
 def run_here(monkeypatch, encoding, *arguments):
     """Run main.py in this process, which remembers what it has compiled, with a standard output of that encoding."""
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
