@@ -128,7 +128,9 @@ def test_memory_is_linear_in_the_length(gradient):
     """arXiv 2205.14135, theorem 1: four times the length needs at most four times the memory, with gradients too."""
     small, large = temporary_bytes(512, gradient), temporary_bytes(2048, gradient)
     assert 0 < large <= 4 * small
-    assert large < 2048 * 2048  # less than a single n x n matrix of bytes
+    assert large < 10 * (
+        2 * 2048 * 16 * 4
+    )  # a few copies of query, key and value; a block row of scores would be four more
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.0])
