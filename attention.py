@@ -27,7 +27,8 @@ def causal_mask(length):
 def padding_mask(lengths, max_length):
     """Every query may attend to the first `lengths` of `max_length` keys; the rest is padding.
 
-    lengths: (...,) integers. Returns a boolean mask (..., 1, 1, max_length), which broadcasts over heads and queries.
+    lengths: (...,) integers. Returns a boolean mask (..., 1, 1, max_length), which broadcasts over heads and queries; for
+    arrays without heads, take its [..., 0, :, :].
     Raises TypeError where lengths are not integers.
     """
     lengths = jnp.asarray(lengths)
@@ -68,10 +69,10 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     A row of Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j), and both sums can be taken one block of keys at a time.
     So that exp stays finite, they are taken relative to the largest score met so far; when a block raises that maximum
     from a to b, what is already summed is multiplied by exp(a - b). Hence the three values carried for each query:
-    maximum, denominator, weighted_sum. Nothing of a block is kept: the backward pass computes it again.
+    maximum, denominator, weighted_sum. For the gradient, `jax.checkpoint` runs a block again instead of storing it.
 
     Arguments, result and errors are those of `scaled_dot_product_attention`, with memory linear in n and m. Also raises
-    ValueError for a block_size below 1.
+    ValueError for a block_size that is not an int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     if not isinstance(block_size, int) or block_size < 1:
@@ -83,19 +84,20 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         return jnp.zeros(shape, value.dtype)
     n_block, m_block = min(block_size, n), min(block_size, m)
 
-    @jax.checkpoint  # of a block of queries, keep the result only: not the maximum after each block of keys
+    @jax.checkpoint  # of a block of queries, store the result only: not the maximum after each block of keys
     def attend(block_of_queries):
         i, query = block_of_queries
         rows = i * n_block + jnp.arange(n_block)
 
-        @jax.checkpoint  # of a block of keys, keep the maximum only: not the exponentials
+        @jax.checkpoint  # of a block of keys, store the maximum only: not the exponentials
         def step(carry, block_of_keys):
             j, key, value = block_of_keys
             columns = j * m_block + jnp.arange(m_block)
 
             def add_block(carry, masked):
                 maximum, denominator, weighted_sum = carry
-                allowed = columns <= rows[:, None] if causal else columns < m  # the last block may be padded
+                # The last block may be padded, with columns from m on. Causality (n = m) hides them by itself.
+                allowed = columns <= rows[:, None] if causal else columns < m
                 if mask is not None:
                     allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
                 scores = _scores(query, key, allowed if masked else None)
@@ -105,6 +107,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
                 weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
                 return new_maximum, denominator, weighted_sum
 
+            # Skip a block that causality hides wholly; where all of it may be seen, save the time of masking it.
             hidden = causal and columns[0] > rows[-1]
             visible = mask is None and columns[-1] <= (rows[0] if causal else m - 1)
             branches = [lambda carry: carry, functools.partial(add_block, masked=True)]
@@ -113,7 +116,8 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
             return jax.lax.switch(jnp.where(hidden, 0, 1 + visible), branches, carry), None
 
         zeros = jnp.zeros((*leading, n_block, 1), dtype)
-        start = zeros + _least_score(dtype), zeros, zeros * jnp.zeros(value.shape[-1], dtype)
+        sums = jnp.zeros((*leading, n_block, value.shape[-1]), jnp.result_type(dtype, value))
+        start = zeros + _lowest_maximum(dtype), zeros, sums
         (_, denominator, weighted_sum), _ = jax.lax.scan(step, start, _blocks(m_block, key, value))
         return denominator, weighted_sum
 
@@ -123,16 +127,19 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
 
 def _scores(query, key, mask):
-    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, below `_least_score` where mask is False, else above."""
+    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, below `_lowest_maximum` where mask is False, else above."""
     dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
-    # Added, because XLA on CPU then fuses scores, softmax and weighted sum into one kernel that never stores the n x m
-    # matrix. A selection by jnp.where keeps them apart.
-    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _least_score(dtype))
+    # Added, because XLA on CPU then fuses scores, softmax and weighted sum: a forward pass stores the mask once, not the
+    # scores of every head. A selection by jnp.where keeps them apart.
+    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _lowest_maximum(dtype))
 
 
-def _least_score(dtype):
-    """Between the scores that count and the masked ones. As the maximum of a row of masked ones, it makes exp zero."""
+def _lowest_maximum(dtype):
+    """-L/4, for the largest number L: scores lie within L/8 of zero, masked ones below -L/2 + L/8.
+
+    As the maximum of a row that is masked throughout it leaves exp(-L/8) = 0 at most.
+    """
     return float(jnp.finfo(dtype).min) / 4
 
 
@@ -142,9 +149,10 @@ def _softmax(query, key, mask, causal):
         length = query.shape[-2]
         mask = causal_mask(length) if mask is None else mask & causal_mask(length)
     scores = _scores(query, key, mask)
-    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _least_score(scores.dtype))
-    numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))
-    # A sum holds exp(0) = 1 or, without keys, is 0: 1e-18 is lost in the one, and divides the other without a NaN.
+    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _lowest_maximum(scores.dtype))
+    numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))  # which cancels in the quotient
+    # Where a query may attend to anything the sum is at least exp(0) = 1, and 1e-18 is lost in it. Else it is 0, and
+    # 1e-18 avoids 0 / 0, also in the gradient, which divides by the square.
     return numerator, numerator.sum(axis=-1, keepdims=True) + 1e-18
 
 
@@ -166,7 +174,7 @@ def _part(mask, positions, axis):
 
 
 def _checked(query, key, value, mask, causal):
-    """The arguments as arrays whose scores are finite, or one sentence on what does not fit."""
+    """The arguments as arrays, query and key clipped so that no score overflows, or a sentence on what does not fit."""
     query, key, value = floating("query", query), floating("key", key), floating("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
@@ -188,10 +196,10 @@ def _checked(query, key, value, mask, causal):
         if not broadcasts(mask.shape, shape):
             raise ValueError(f"mask must broadcast to (..., n, m) = {shape}, got shape {mask.shape}")
     if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal}")
+        raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal!r}")
     if causal and n != m:
         raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
-    # Clipped, no score exceeds an eighth of the largest number, whatever the padding holds.
+    # Clipped, no score exceeds an eighth of the largest number, whatever numbers the padding holds. A NaN stays NaN.
     limit = math.sqrt(float(jnp.finfo(jnp.result_type(query, key, jnp.float32)).max) / (8 * d_k))
     return jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit), value, mask
 

@@ -35,7 +35,7 @@ from transformer_layer import encoder, init_encoder
 
 SYMBOLS = "".join(map(chr, range(32, 127)))  # printable ASCII: a token is a position in this string
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
-WARMUP_STEPS = 500  # the paper takes 4,000 of 100,000 steps
+WARMUP_STEPS = 500  # the paper: 4,000 of 100,000; the default 300 steps of this program all lie in the warm-up
 
 # ---- The model: sections 3.4 and 3.5 ---------------------------------------------------------------------------------
 
@@ -67,7 +67,10 @@ def embed(params, tokens):
 
 
 def model(params, tokens, mask=None, **options):
-    """Tokens (..., n) -> logits (..., n, s): `embed`, `encoder` with its mask and options, the embedding transposed."""
+    """Tokens (..., n) -> logits (..., n, s): `embed`, `encoder` with its mask and options, the embedding transposed.
+
+    Dropout, if asked for, is in the sub-layers only; section 5.4 also has it on the sum of embedding and positions.
+    """
     x = encoder(params["encoder"], embed(params, tokens), mask, **options)
     return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the same matrix at both ends
 

@@ -1,7 +1,7 @@
 """Multi-head attention, the encoder and decoder layers of Figure 1, and their stacks, of "Attention Is All You Need".
 
-Everything is a pair: `init_x(rng, sizes)` makes a dict of arrays, `x(params, inputs)` is a pure function of it. The
-shapes of the arrays are the configuration. The axes, in shapes and einsum strings:
+What has parameters is a pair: `init_x(rng, sizes)` makes a dict of arrays, `x(params, inputs)` is a pure function of
+it. The shapes of the arrays are the configuration. The axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes      d  d_model, the width of the layer
     n    query positions               h  heads
@@ -141,8 +141,8 @@ def encoder_layer(
 ):
     """Section 3.1: self-attention, then the feed-forward network, each as LayerNorm(x + Dropout(Sublayer(x))).
 
-    x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). `causal=True` makes it the layer of a
-    decoder-only model (GPT). Without dropout_rng there is no dropout.
+    x (..., n, d), mask broadcasting to (..., h, n, n): one for each batch element is (b, 1, n, n) -> (..., n, d).
+    `causal=True` makes it the layer of a decoder-only model (GPT). Without dropout_rng there is no dropout.
     """
     x = _checked("x", x, "n d", params["self_attention"]["query"], "d h k")
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng, 2)

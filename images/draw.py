@@ -86,7 +86,7 @@ def attention():
             arrow(axes, (at, 0.4), (at, 1.02), label=f"({depth})")
     box(axes, x, 1.3, width, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key'))
     box(axes, x, 2.1, width, "Scale", code("/ math.sqrt(d_k)"))
-    box(axes, x, 2.9, width, "Mask (optional)", code("jnp.where(mask, 0, 2 * _least_score(dtype))"), GREY)
+    box(axes, x, 2.9, width, "Mask (optional)", code("jnp.where(mask, 0, 2 * _lowest_maximum(dtype))"), GREY)
     box(
         axes,
         x,

@@ -107,7 +107,7 @@ def attention_table(lengths, rounds):
                 + [f"{times['jax.nn'][0] / times['flash'][0]:.1f} x, {memory['jax.nn'] / memory['flash']:.0f} x"]
             )
     peers = [name for name in times if name not in functions]
-    table(["n", "", *functions, *peers, "flash against jax.nn: time, memory"], rows)
+    table(["n", "", *functions, *peers, "jax.nn / flash: time, memory"], rows)
 
 
 def torch_attention(arguments, kind):

@@ -9,7 +9,7 @@ import pytest
 
 import transformer_layer as tl
 from attention import flash_attention, padding_mask, scaled_dot_product_attention
-from common import arrays, random_params
+from common import arrays, enable_x64, random_params
 
 
 def both(query, key, value, mask, weight, causal, block_size):
@@ -85,6 +85,19 @@ def test_half_precision_accumulates_in_float32(dtype):
     # Rounding to the nearest may fall to either side of a tie: one unit in the last place, and 1e-6 of float32 noise.
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(output.astype(float), expected.astype(float), rtol=eps, atol=1e-6)
+
+
+def test_dtypes_mix():
+    """A value of another dtype than query and key gives the plain function's dtype and numbers."""
+    with enable_x64(True):
+        query, key = arrays((5, 4), (5, 4))
+        (value,) = arrays((5, 6), dtype=jnp.float64)
+        mask = np.arange(5)[:, None] != 2
+        for v in (value, value.astype(jnp.bfloat16)):
+            output = flash_attention(query, key, v, mask, block_size=2)
+            expected = scaled_dot_product_attention(query, key, v, mask)
+            assert output.dtype == expected.dtype == v.dtype
+            np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=1e-6)
 
 
 def test_vmap():
