@@ -27,8 +27,8 @@ def causal_mask(length):
 def padding_mask(lengths, max_length):
     """Every query may attend to the first `lengths` of `max_length` keys; the rest is padding.
 
-    lengths: (...,) integers. Returns a boolean mask (..., 1, 1, max_length), which broadcasts over heads and queries; for
-    arrays without heads, take its [..., 0, :, :].
+    lengths: (...,) integers. Returns a boolean mask (..., 1, 1, max_length), which broadcasts over heads and queries.
+    For arrays without heads, take its [..., 0, :, :].
     Raises TypeError where lengths are not integers.
     """
     lengths = jnp.asarray(lengths)
@@ -130,8 +130,8 @@ def _scores(query, key, mask):
     """Q K^T / sqrt(d_k) (..., n, m) in at least float32, below `_lowest_maximum` where mask is False, else above."""
     dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
-    # Added, because XLA on CPU then fuses scores, softmax and weighted sum: a forward pass stores the mask once, not the
-    # scores of every head. A selection by jnp.where keeps them apart.
+    # Added, because XLA on CPU then fuses scores, softmax and weighted sum: a forward pass stores the mask once, and
+    # not the scores of every head. A selection by jnp.where keeps them apart.
     return scores if mask is None else scores + jnp.where(mask, 0, 2 * _lowest_maximum(dtype))
 
 
