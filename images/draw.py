@@ -41,7 +41,7 @@ plt.rcParams.update(
 
 
 def code(line):
-    """A line of the source, to be written in a box."""
+    """A line of the source, to be written in a box; tests/test_readme.py finds it by this name."""
     return line
 
 
@@ -63,16 +63,15 @@ def box(axes, x, y, width, title, line=None, colour=BLUE, height=0.56, size=7.6)
         axes.text(x, y - 0.13, line, ha="center", va="center", family="DejaVu Sans Mono", size=size)
 
 
-def arrow(axes, *points, label=None, colour=INK, side="left", dashed=False):
+def arrow(axes, *points, label=None, colour=INK):
     """A line through the points that ends in an arrow head, with a shape written beside its middle."""
-    style = {"color": colour, "linewidth": 1.3, "linestyle": "--" if dashed else "-"}
+    style = {"color": colour, "linewidth": 1.3}
     for start, end in itertools.pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), **style)
     axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **style})
     if label:
         (x0, y0), (x1, y1) = points[-2:]
-        x = (x0 + x1) / 2 + (0.07 if side == "left" else -0.07)
-        axes.text(x, (y0 + y1) / 2, label, ha=side, va="center", size=8.5, color=GREY if colour == INK else colour)
+        axes.text((x0 + x1) / 2 + 0.07, (y0 + y1) / 2, label, va="center", size=8.5, color=GREY)
 
 
 def attention():
@@ -86,7 +85,7 @@ def attention():
             arrow(axes, (at, 0.4), (at, 1.02), label=f"({depth})")
     box(axes, x, 1.3, width, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key'))
     box(axes, x, 2.1, width, "Scale", code("/ math.sqrt(d_k)"))
-    box(axes, x, 2.9, width, "Mask (optional)", code("jnp.where(mask, 0, 2 * _lowest_maximum(dtype))"), GREY)
+    box(axes, x, 2.9, width, "Mask (optional)", code("jnp.where(mask, 0, 2 * _lowest_maximum(dtype))"), GREY, size=6.9)
     box(
         axes,
         x,
@@ -110,13 +109,13 @@ def attention():
     axes.text(5.98, 6.08, "multi_head_attention", ha="center", weight="bold", size=11)
     axes.text(4.1, 5.62, "Before each shape:\nany leading axes (...)", size=8.5, color=GREY, va="center")
     for at, name, line, length, split in (
-        (4.72, "query", '"...nd,dhk->...hnk"', "n", "h, n, k"),
-        (5.98, "key", '"...md,dhk->...hmk"', "m", "h, m, k"),
-        (7.24, "value", '"...md,dhv->...hmv"', "m", "h, m, v"),
+        (4.72, "query", code('"...nd,dhk->...hnk"'), "n", "h, n, k"),
+        (5.98, "key", code('"...md,dhk->...hmk"'), "m", "h, m, k"),
+        (7.24, "value", code('"...md,dhv->...hmv"'), "m", "h, m, v"),
     ):
         axes.text(at, 0.22, name, ha="center", weight="bold", size=9.5)
         arrow(axes, (at, 0.4), (at, 1.42), label=f"({length}, d)")
-        box(axes, at, 1.7, 1.2, "Linear", code(line), GREEN, size=7.2)
+        box(axes, at, 1.7, 1.2, "Linear", line, GREEN, size=7.2)
         arrow(axes, (at, 1.98), (at, 3.02), label=f"({split})")
     for offset in (0.14, 0.07):
         corner = 4.12 + offset, 3.02 + offset
@@ -169,13 +168,13 @@ def transformer_layer():
     axes.text(5.6, 7.02, "decoder_layer", ha="center", weight="bold", size=11)
     top = sublayers(axes, 1.95, ["self_attention", "feed_forward"])
     axes.text(1.95, 0.24, "x (..., m, d)", ha="center", size=9.5)
-    axes.text(1.95, top + 0.0, "memory (..., m, d)", ha="center", size=9.5)
+    axes.text(1.95, top, "memory (..., m, d)", ha="center", size=9.5)
     axes.text(2.25, top + 0.24, "after the last of the N layers", ha="center", size=8.5, color=GREY)
     names = ["self_attention", "cross_attention", "feed_forward"]
     way = [(2.75, top + 0.06), (3.72, top + 0.06), (3.72, 2.5), (7.05, 2.5)]
     top = sublayers(axes, 5.6, names, memory=way)
     axes.text(5.6, 0.24, "x (..., n, d)", ha="center", size=9.5)
-    axes.text(5.6, top + 0.0, "(..., n, d)", ha="center", size=9.5)
+    axes.text(5.6, top, "(..., n, d)", ha="center", size=9.5)
     axes.text(7.12, 2.56, "memory", size=8.5, color=BLUE)
     figure.savefig(IMAGES / "transformer_layer.png")
 
