@@ -16,7 +16,7 @@ except ImportError:  # its place in older versions of JAX
 __all__ = ["EARLY", "arrays", "early", "enable_x64", "random_params"]
 
 EARLY = {}  # what begins, by the name of its fixture
-THREADS = ThreadPoolExecutor(max_workers=2)
+THREADS = ThreadPoolExecutor(max_workers=1)
 
 
 def early(function):

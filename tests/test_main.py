@@ -154,6 +154,6 @@ def test_adam_first_step():
     """Adam's first step moves each parameter by the learning rate against the sign of its gradient."""
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
     gradient = {"a": jnp.array([0.5, -1e-3]), "b": jnp.array(7.0)}
-    updated, _ = main.adam(params, main.init_adam(params), gradient, 1.0, 0.25)
+    updated, _ = jax.jit(main.adam)(params, main.init_adam(params), gradient, 1.0, 0.25)
     np.testing.assert_allclose(updated["a"], [0.75, -1.75], rtol=1e-5)
     np.testing.assert_allclose(updated["b"], 2.75, rtol=1e-5)

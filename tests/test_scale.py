@@ -1,6 +1,6 @@
 """partition_specs and main.py on many devices and in several processes: virtual CPU devices, the loopback interface.
 
-Everything runs in subprocesses, so that the other tests keep their one device.
+What needs more devices runs in subprocesses, so that the other tests keep their one device.
 """
 
 import json
@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -32,7 +31,7 @@ from transformer_layer import (
 
 PROGRAM = [sys.executable, str(Path(main.__file__))]
 MESHES = [(8, 1), (4, 2), (1, 8)]
-SMALL = ["drawer", "--length", "6", "--d-model", "128", "--d-ff", "64", "--num-heads", "2", "--steps", "160"]
+SMALL = ["was", "--length", "3", "--d-model", "128", "--d-ff", "64", "--num-heads", "2", "--steps", "120"]
 
 # ---- Running things --------------------------------------------------------------------------------------------------
 
@@ -97,14 +96,8 @@ def report():
 
 
 @early
-def one_device():
-    """The output of a training run on one device."""
-    return finished(start([*PROGRAM, *SMALL]))
-
-
-@early
 def eight_devices():
-    """The output of the same run on 8 devices."""
+    """The output of a training run on 8 devices."""
     return finished(start([*PROGRAM, *SMALL, "--model-parallel", "2"], devices=8))
 
 
@@ -213,10 +206,10 @@ def probe():
         mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         places = jax.tree.map(lambda spec, mesh=mesh: NamedSharding(mesh, spec), main.partition_specs(params))
         rows = NamedSharding(mesh, P("data"))
-        placed = jax.device_put((params, x, y), (places, rows, rows))
-        forward = jax.jit(encode_and_decode, out_shardings=rows).lower(*placed).compile()
-        both = jax.jit(outputs_and_gradient, out_shardings={"outputs": rows, "gradient": places})
-        both = both.lower(*placed).compile()
+        inputs, outputs = (places, rows, rows), {"outputs": rows, "gradient": places}
+        placed = jax.device_put((params, x, y), inputs)
+        forward = jax.jit(encode_and_decode, in_shardings=inputs, out_shardings=rows).lower(params, x, y).compile()
+        both = jax.jit(outputs_and_gradient, in_shardings=inputs, out_shardings=outputs).lower(params, x, y).compile()
         actual = both(*placed)
         actual["outputs alone"], compare = forward(*placed), {**expected, "outputs alone": expected["outputs"]}
         held = dict.fromkeys(jax.devices(), 0)
@@ -286,18 +279,21 @@ def test_training_strings_are_made_where_they_are_used(report):
 
 
 def final_loss(output):
-    return float(re.findall(r"step +160  loss +([\d.]+)", output)[-1])
+    return float(re.findall(r"step +120  loss +([\d.]+)", output)[-1])
 
 
-def test_training_on_many_devices_learns_the_same(one_device, eight_devices, two_processes):
+def test_training_on_many_devices_learns_the_same(monkeypatch, capsys, eight_devices, two_processes):
     """8 devices, and two processes of 2, show the mesh, reverse the text and end at the single-device loss."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL])
+    main.main()
+    one_device = capsys.readouterr().out
     for output, mesh, share in (
         (one_device, "data 1 x model 1", r"100\.0"),
         (eight_devices, "data 4 x model 2", r"5\d\.\d"),
         (two_processes[0], "data 2 x model 2", r"5\d\.\d"),
     ):
         assert re.search(rf"^mesh: {mesh}; on each device +{share}%$", output, re.MULTILINE)
-        assert "output  reward\n" in output
+        assert "output  saw\n" in output
         assert final_loss(output) == pytest.approx(final_loss(one_device), abs=2e-3)
 
 
@@ -308,41 +304,39 @@ def test_process_0_alone_prints(two_processes):
 
 
 def end(process, seconds):
-    """The exit status of a process, its standard error, and after how many seconds both were there."""
-    before = time.monotonic()
+    """The exit status of a process and its standard error, which both must be there within so many seconds."""
     try:
         errors = process.communicate(timeout=seconds)[1]
     finally:
         process.kill()
-    return process.returncode, errors, time.monotonic() - before
+    return process.returncode, errors
 
 
 @early
 def lost_processes():
-    """For each victim of two processes, killed at work: how the other one ended, and after how many seconds."""
-    ends = []
-    for victim, until in enumerate(("2. Forward pass", "3. Training")):
-        processes, lines = start_two("--length", "4", "--steps", "1000000", "TEXT")
-        try:
+    """Of two processes at work the first is killed, of two others the second: how each of the rest ended."""
+    pairs = [start_two("--length", "4", "--steps", "1000000", "TEXT") for _ in range(2)]
+    try:
+        for victim, until in enumerate(("1. Parameters", "3. Training")):
+            processes, lines = pairs[victim]
             read(lines, until=until)
             processes[victim].kill()
-            ends.append(end(processes[1 - victim], 60))
-        finally:
+        return [end(processes[1 - victim], 60) for victim, (processes, _) in enumerate(pairs)]
+    finally:
+        for processes, lines in pairs:
             for process in processes:
                 process.kill()
                 process.communicate()
             lines.close()
-    return ends
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_other(lost_processes, victim):
     """When one of two processes is killed at work, the other ends within a minute, non-zero, and says why."""
-    status, errors, seconds = lost_processes[victim]
+    status, errors = lost_processes[victim]
     assert status not in (0, None)
     # The first sentence is ours, where JAX lets a collective fail; the second JAX's, where its runtime is faster.
     assert re.search(r"^main\.py: process \d of 2 lost another one|another task died", errors, re.MULTILINE)
-    assert seconds < 60
     if victim == 1:
         assert (status, len(errors.splitlines()), "Traceback" in errors) == (1, 1, False)
 
@@ -350,13 +344,12 @@ def test_a_lost_process_ends_the_other(lost_processes, victim):
 @early
 def lonely_processes():
     """How process 0 and process 1 end, each without the other: (address, status, standard error)."""
-    ends = []
+    processes = {}
     for process_id in ("0", "1"):
         here = f"127.0.0.1:{free_port()}"
         arguments = ["--coordinator", here, "--num-processes", "2", "--process-id", process_id, "--timeout", "2"]
-        process = start([*PROGRAM, *arguments], JAX_COORDINATOR_BIND_ADDRESS=here)
-        ends.append((here, *end(process, 30)[:2]))
-    return ends
+        processes[here] = start([*PROGRAM, *arguments], JAX_COORDINATOR_BIND_ADDRESS=here)
+    return [(here, *end(process, 30)) for here, process in processes.items()]
 
 
 @pytest.mark.parametrize("process_id", [0, 1])
@@ -368,7 +361,7 @@ def test_a_process_without_the_others_gives_up(lonely_processes, process_id):
 
 def test_distributed_without_a_cluster():
     """--distributed where JAX finds no cluster ends with one sentence and status 1."""
-    status, errors, _ = end(start([*PROGRAM, "--distributed"]), 60)
+    status, errors = end(start([*PROGRAM, "--distributed"]), 60)
     assert status == 1
     assert re.fullmatch(r"main\.py: cannot join the other processes: .*\n", errors)
 
