@@ -218,7 +218,7 @@ def layer_table(batch, length, rounds):
     ):
         if importlib.util.find_spec(module):
             layers[package] = build(rng, x)
-    rows = []
+    rows = {}
     for kind in ("forward", "gradient"):
         contestants = {}
         for name, (parameters, function) in layers.items():
@@ -234,10 +234,10 @@ def layer_table(batch, length, rounds):
             contestants["torch"] = torch_layer(x, kind)
         times = race(f"layer, {kind}", contestants, rounds)
         bare = times["its matrix products"][0]
-        rows += [
-            [name, kind, f"{milliseconds(*figures)} ms", f"{bare / figures[0]:.2f}"] for name, figures in times.items()
-        ]
-    table([f"the layer of the base model, {batch} x {length} positions", "", "time", "matrix products / time"], rows)
+        for name, figures in times.items():
+            rows.setdefault(name, [name]).extend([f"{milliseconds(*figures)} ms", f"{bare / figures[0]:.2f}"])
+    header = [f"the layer of the base model, {batch} x {length} positions"]
+    table([*header, "forward", "products / time", "gradient", "products / time"], rows.values())
 
 
 # ---- Compilation over the depth --------------------------------------------------------------------------------------
