@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports that take a second, so that Ctr
     sys.stdout.reconfigure(line_buffering=True)
 
 import argparse
-import inspect
 import itertools
 import math
 import random
@@ -162,15 +161,12 @@ def connect(arguments):
     if not arguments.distributed and arguments.coordinator is None:
         return
     place, timeout = (arguments.coordinator, arguments.num_processes, arguments.process_id), arguments.timeout
-    options = {"initialization_timeout": timeout}
-    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:  # else 100 s
-        options["heartbeat_timeout_seconds"] = 30
     # JAX ends a process that waits in vain, but some seconds later and by a C++ stack trace in place of a sentence.
     message = f"not all processes have met at {place[0] or 'the coordinator'} within {timeout} s"
     too_late = threading.Timer(timeout, stop, [message])
     too_late.start()
     try:
-        jax.distributed.initialize(*place, **options)
+        jax.distributed.initialize(*place, initialization_timeout=timeout)
     except Exception as error:
         stop(f"cannot join the other processes: {error}")
     too_late.cancel()

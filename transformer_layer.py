@@ -257,7 +257,10 @@ def _checked(name, x, axes, weight, weight_axes):
     """x as a floating-point array that fits the weight, or one sentence on what does not."""
     x = floating(name, x)
     if weight.ndim != len(weight_axes.split()):
-        raise ValueError(f"the weight applied to {name} must have the axes ({weight_axes}), got shape {weight.shape}")
+        raise ValueError(
+            f"the weight applied to {name} must have the axes ({weight_axes}), got shape {weight.shape} "
+            "(one axis more is a stack of layers, for `encoder` or `decoder`)"
+        )
     if x.ndim < len(axes.split()) or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"{name} must end in the axes ({axes}) with d = {weight.shape[0]}, got shape {x.shape}")
     return x

@@ -256,7 +256,7 @@ X = jnp.zeros((2, N, D))
         ),
         (
             ValueError,
-            r"the weight applied to x must have the axes \(d h k\), got shape \(3, 12, 3, 4\)",
+            r"the weight applied to x must have the axes \(d h k\), got shape \(3, 12, 3, 4\) \(one axis more is",
             lambda p: tl.encoder_layer(p["encoder"], X),
         ),
         (ValueError, "a stack needs parameters with a leading layer axis", lambda p: tl.encoder(p["encoder_layer"], X)),
