@@ -54,7 +54,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     """Equation 1: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V.
 
     query (..., n, k), key (..., m, k), value (..., m, v), mask broadcasting to (..., n, m) -> (..., n, v), in the dtype
-    of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`.
+    of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`. Query and key
+    are clipped where a score could overflow, at 8e17 for d_k = 64.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     numerator, denominator = _softmax(query, key, mask, causal)
@@ -149,7 +150,7 @@ def _softmax(query, key, mask, causal):
         length = query.shape[-2]
         mask = causal_mask(length) if mask is None else mask & causal_mask(length)
     scores = _scores(query, key, mask)
-    maximum = jnp.maximum(scores.max(axis=-1, keepdims=True, initial=-jnp.inf), _lowest_maximum(scores.dtype))
+    maximum = scores.max(axis=-1, keepdims=True, initial=_lowest_maximum(scores.dtype))
     numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))  # which cancels in the quotient
     # Where a query may attend to anything the sum is at least exp(0) = 1, and 1e-18 is lost in it. Else it is 0, and
     # 1e-18 avoids 0 / 0, also in the gradient, which divides by the square.
@@ -196,7 +197,7 @@ def _checked(query, key, value, mask, causal):
         if not broadcasts(mask.shape, shape):
             raise ValueError(f"mask must broadcast to (..., n, m) = {shape}, got shape {mask.shape}")
     if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a Python bool (under jax.jit, a static argument), got {causal!r}")
+        raise TypeError(f"causal must be a Python bool (under jax.jit: static_argnames='causal'), got {causal!r}")
     if causal and n != m:
         raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
     # Clipped, no score exceeds an eighth of the largest number, whatever numbers the padding holds. A NaN stays NaN.

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that take a second, so that Ctr
     sys.stdout.reconfigure(line_buffering=True)
 
 import argparse
+import functools
 import itertools
 import math
 import random
@@ -293,10 +294,9 @@ def show_parameters(params, mesh):
     for path, leaf in jax.tree.leaves_with_path(params):
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
     leaves = jax.tree.leaves(params)
-    print(
-        f"{'total, in MB: ' + format(sum(a.nbytes for a in leaves) / 1e6, '.2f'):<68}{sum(a.size for a in leaves):>12,}"
-    )
-    held = sum(math.prod(a.sharding.shard_shape(a.shape)) for a in leaves) / sum(a.size for a in leaves)
+    total, megabytes = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves) / 1e6
+    print(f"{f'total, in MB: {megabytes:.2f}':<68}{total:>12,}")
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves) / total
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"{f'mesh: {axes}; on each device':<68}{held:>12.1%}")
 
@@ -333,13 +333,13 @@ def show_training(arguments, params, forward, strings, tokens, rng):
     places = jax.tree.map(lambda leaf: leaf.sharding, params)
     places = places, {"mean": places, "square": places}
     moments = jax.jit(init_adam, out_shardings=places[1])(params)
-    static = {"shape": tokens.shape, "sharding": tokens.sharding}
-    compiled = jax.jit(train, static_argnames=static, donate_argnames="moments", out_shardings=(*places, None))
+    one_loop = functools.partial(train, shape=tokens.shape, sharding=tokens.sharding)
+    compiled = jax.jit(one_loop, donate_argnames="moments", out_shardings=(*places, None))
     terminal = sys.stdout.isatty() and jax.process_count() == 1  # the processes take the same steps
     reports = min(arguments.steps, 50 if terminal else 6)
     bounds = [arguments.steps * i // max(reports, 1) for i in range(reports + 1)]
     for first, last in itertools.pairwise(bounds):
-        params, moments, value = compiled(params, moments, rng, (first + 1, last + 1), **static)
+        params, moments, value = compiled(params, moments, rng, (first + 1, last + 1))
         written = decode(forward(params, tokens))
         right = sum(a == b for s, w in zip(strings, written, strict=True) for a, b in zip(s[::-1], w, strict=True))
         line = f"step {last:>5}  loss {value:7.4f}  accuracy on held-out strings {right / tokens.size:7.2%}"
@@ -375,11 +375,12 @@ def main():
     arguments = parse_arguments()
     connect(arguments)
     mesh = make_mesh(arguments)
-    sizes = len(SYMBOLS), arguments.num_layers, arguments.d_model, arguments.num_heads, arguments.d_ff
+    sizes = {name: getattr(arguments, name) for name in ("num_layers", "d_model", "num_heads", "d_ff")}
     rng_params, rng_train = jax.random.split(jax.random.key(arguments.seed))
-    specs = partition_specs(jax.eval_shape(lambda rng: init_model(rng, *sizes), rng_params))
+    init = functools.partial(init_model, num_symbols=len(SYMBOLS), **sizes)
+    specs = partition_specs(jax.eval_shape(init, rng_params))
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    params = jax.jit(init_model, static_argnums=range(1, 6), out_shardings=places)(rng_params, *sizes)
+    params = jax.jit(init, out_shardings=places)(rng_params)
     show_parameters(params, mesh)
 
     choices = random.Random(arguments.seed).choices

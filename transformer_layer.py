@@ -8,8 +8,9 @@ it. The shapes of the arrays are the configuration. The axes, in shapes and eins
     m    key and value positions       k  per-head depth d_k = d_model / h of queries and keys
     f    d_ff, the inner width         v  per-head depth d_v of values, here equal to d_k
 
-The results have the dtype of their input x (or query), whatever the dtype of the parameters. What does not fit raises
-when the function is traced: ValueError for shapes and values, TypeError for dtypes.
+The results have the dtype of their input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `causal`
+and `attention` are static arguments. What does not fit raises when the function is traced: ValueError for shapes and
+values, TypeError for dtypes.
 """
 
 import functools
@@ -112,7 +113,7 @@ def layer_norm(params, x, epsilon=1e-5):
 def dropout(rng, x, rate):
     """Section 5.4: each element is zero with probability `rate`, else divided by 1 - rate, which keeps the mean.
 
-    x (...) -> (...); the identity where rng is None. Raises ValueError for a rate outside [0, 1).
+    x (...) -> (...); the identity where rng is None. Raises ValueError for a rate outside [0, 1), unless it is traced.
     """
     if not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1:
         raise ValueError(f"the dropout rate must be at least 0 and below 1, got {rate}")
