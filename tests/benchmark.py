@@ -243,7 +243,7 @@ def layer_table(batch, length, rounds):
 # ---- Compilation over the depth --------------------------------------------------------------------------------------
 
 
-def depth_table(depths, rounds):
+def depth_table(depths):
     """Seconds to trace and compile the encoder of the base model: `jax.lax.scan` against a Python loop."""
 
     def loop(params, x):
@@ -251,21 +251,21 @@ def depth_table(depths, rounds):
             x = encoder_layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
         return x
 
-    x, contestants = jax.ShapeDtypeStruct((8, 128, D_MODEL), jnp.float32), {}
-    for depth in depths:
-        params = jax.eval_shape(lambda depth=depth: init_encoder(jax.random.key(0), depth, D_MODEL, HEADS, D_FF))
-        for name, function in (("scan", encoder), ("loop", loop)):
-            # A new function each time, so that JAX does not find the compiled one in its cache.
-            contestants[name, depth] = lambda params=params, function=function: (
-                jax.jit(lambda params, x: function(params, x)).lower(params, x).compile() and None
-            )
-    times = race("compilation", contestants, rounds)
-    rows = [
-        [label]
-        + [f"{times[name, depth][0] / 1e3:.2f} s" for depth in depths]
-        + [f"{times[name, depths[-1]][0] / times[name, depths[0]][0]:.1f} x"]
-        for name, label in (("scan", "`jax.lax.scan`"), ("loop", "Python loop"))
-    ]
+    def seconds(function, depth):
+        progress(f"compiling {depth} layers")
+        params = jax.eval_shape(lambda: init_encoder(jax.random.key(0), depth, D_MODEL, HEADS, D_FF))
+        x = jax.ShapeDtypeStruct((8, 128, D_MODEL), jnp.float32)
+        start = time.perf_counter()
+        # A new function each time, so that JAX does not find the compiled one in its cache.
+        jax.jit(lambda params, x: function(params, x)).lower(params, x).compile()
+        return time.perf_counter() - start
+
+    seconds(encoder, depths[0])  # not counted: the first time, JAX also loads and traces parts of its own
+    rows = []
+    for name, function in (("`jax.lax.scan`", encoder), ("Python loop", loop)):
+        times = [seconds(function, depth) for depth in depths]
+        rows.append([name, *(f"{duration:.2f} s" for duration in times), f"{times[-1] / times[0]:.1f} x"])
+    progress("")
     table(["time to compile", *(f"{depth} layers" for depth in depths), "ratio"], rows)
 
 
@@ -281,11 +281,11 @@ def main():
     if quick:
         attention_table([64], [1])
         layer_table(1, 8, 1)
-        depth_table([1, 2], 1)
+        depth_table([1, 2])
     else:
         attention_table([512, 1024, 2048, 4096, 8192], [9, 7, 5, 5, 1])
         layer_table(8, 128, 15)
-        depth_table([6, 48], 1)
+        depth_table([6, 48])
 
 
 if __name__ == "__main__":
