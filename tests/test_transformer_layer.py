@@ -57,9 +57,12 @@ def test_shapes_and_dtypes(params, name, lead, dtype):
     assert output.dtype == dtype
 
 
-@pytest.mark.parametrize("name", NAMES[:5])
+@pytest.mark.parametrize("name", ["encoder_layer", "decoder_layer"])
 def test_jit_equals_no_jit(params, name):
-    """`jax.jit(f)(params, x)` needs no static argument and gives the same numbers (a stack's scan compiles anyway)."""
+    """`jax.jit(f)(params, x)` needs no static argument and gives the same numbers, here for all that layers consist of.
+
+    A stack is a scan, which JAX compiles with or without jit.
+    """
     x, memory = x_and_memory()
     np.testing.assert_allclose(jitted(name, params, x, memory), call(name, params, x, memory), atol=2e-6)
 
