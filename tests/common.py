@@ -16,12 +16,12 @@ except ImportError:  # its place in older versions of JAX
 __all__ = ["EARLY", "arrays", "early", "enable_x64", "random_params"]
 
 EARLY = {}  # what begins, by the name of its fixture
-THREADS = ThreadPoolExecutor(max_workers=1)
+WORKER = ThreadPoolExecutor(max_workers=1)  # beside the tests, one program at a time fills two cores
 
 
 def early(function):
     """A session fixture that conftest.py begins in the background as soon as a test that asks for it is collected."""
-    future = functools.cache(lambda: THREADS.submit(function))
+    future = functools.cache(lambda: WORKER.submit(function))
     EARLY[function.__name__] = future
     return pytest.fixture(scope="session", name=function.__name__)(lambda: future().result())
 
