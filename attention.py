@@ -25,10 +25,10 @@ def causal_mask(length):
 
 
 def padding_mask(lengths, max_length):
-    """Every query may attend to the first `lengths` of `max_length` keys; the rest is padding.
+    """Every query may attend to the first `lengths` keys of max_length. The other keys are padding.
 
-    lengths: (...,) integers. Returns a boolean mask (..., 1, 1, max_length), which broadcasts over heads and queries.
-    For arrays without heads, take its [..., 0, :, :].
+    lengths: (...,) integers, one for each sequence. Returns a boolean mask (..., 1, 1, max_length). The two axes of
+    length 1 broadcast over heads and queries; for arrays without heads, take [..., 0, :, :].
     Raises TypeError where lengths are not integers.
     """
     lengths = jnp.asarray(lengths)
@@ -38,144 +38,215 @@ def padding_mask(lengths, max_length):
 
 
 def attention_weights(query, key, mask=None, *, causal=False):
-    """The softmax of Equation 1: softmax(Q K^T / sqrt(d_k)), each row a distribution over the keys.
+    """The softmax of Equation 1: softmax(Q K^T / sqrt(d_k)). Each row is a distribution over the keys.
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
-    A query that may attend to nothing gets zeros. `causal=True` adds `causal_mask`, and needs n = m.
+    A key that the mask hides gets the weight 0. A query that may attend to nothing gets a row of zeros.
+    `causal=True` adds `causal_mask`, and needs n = m.
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """
     query, key, _, mask = _checked(query, key, key, mask, causal)
-    numerator, denominator = _softmax(query, key, mask, causal)
-    return numerator / denominator
+    n, d_k = query.shape[-2:]
+    dtype = at_least_float32(query, key)
+    scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
+    if causal:
+        mask = causal_mask(n) if mask is None else mask & causal_mask(n)
+    return jax.nn.softmax(scores, axis=-1, where=mask)
 
 
 def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     """Equation 1: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V.
 
     query (..., n, k), key (..., m, k), value (..., m, v), mask broadcasting to (..., n, m) -> (..., n, v), in the dtype
-    of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`. Query and key
-    are clipped where a score could overflow, at 8e17 for d_k = 64.
+    of value. Masks, rows that attend to nothing, `causal` and errors are those of `attention_weights`.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
-    numerator, denominator = _softmax(query, key, mask, causal)
-    # Dividing after the product with V is the same sum, on an n x v matrix in place of the n x m one.
-    weighted_sum = jnp.einsum("...nm,...mv->...nv", numerator, value)
-    return (weighted_sum / denominator).astype(value.dtype)
+    weights = attention_weights(query, key, mask, causal=causal).astype(value.dtype)
+    dtype = at_least_float32(value)
+    return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
+
+
+# ---- FlashAttention: the same numbers, without the n x m matrix ------------------------------------------------------
+
+
+def _add_block(maximum, denominator, weighted_sum, scores, value):
+    """The recurrence of `flash_attention`: from the sums over the keys so far to those over one more block of keys.
+
+    maximum, denominator (n, 1), weighted_sum (n, v), scores (n, m), value (m, v). Returns the three sums.
+    """
+    new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True, initial=-jnp.inf))
+    rescale, exponentials = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum)
+    denominator = rescale * denominator + exponentials.sum(axis=-1, keepdims=True)
+    exponentials, dtype = exponentials.astype(value.dtype), weighted_sum.dtype
+    weighted_sum = rescale * weighted_sum + jnp.einsum("nm,mv->nv", exponentials, value, preferred_element_type=dtype)
+    return new_maximum, denominator, weighted_sum
+
+
+def _block(x, i, block_size, axis=0):
+    """Block i of an axis. A last block that would pass the end moves back, into the block before it.
+
+    That is how `jax.lax.dynamic_slice` is defined. An axis of length 1, which broadcasts, is its own block for every i.
+    """
+    size = jax.core.min_dim(block_size, x.shape[axis])  # the smaller one, also of the symbolic lengths of jax.export
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _add_to_block(x, i, block_size, update):
+    """x (length, depth) with the update added to block i."""
+    updated = _block(x, i, block_size) + update.astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, updated, i * block_size, axis=0)
+
+
+def _block_scores(query, key, mask, causal, block_size, i, j):
+    """Q_i K_j^T / sqrt(d_k) for block i of queries and block j of keys, and -infinity where the mask is False."""
+    query_i, key_j, dtype = _block(query, i, block_size), _block(key, j, block_size), at_least_float32(query, key)
+    scores = jnp.einsum("nk,mk->nm", query_i, key_j, preferred_element_type=dtype) / math.sqrt(query.shape[1])
+    rows = _block(jnp.arange(query.shape[0])[:, None], i, block_size)
+    columns = _block(jnp.arange(key.shape[0]), j, block_size)
+    visible = _block(_block(mask, i, block_size, axis=0), j, block_size, axis=1)
+    # A last block that moved back repeats rows or columns of the block before. Each of them counts once.
+    visible &= (rows >= i * block_size) & (columns >= j * block_size)
+    if causal:
+        visible &= columns <= rows
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def _forward(query, key, value, mask, causal, block_size):
+    """Algorithm 1 for one head, query (n, k), key (m, k), value (m, v): output (n, v), and what `_backward` needs."""
+    query_blocks, key_blocks = -(-query.shape[0] // block_size), -(-key.shape[0] // block_size)
+
+    def attend(i, results):
+        output, log_denominator = results
+
+        def step(j, sums):
+            scores = _block_scores(query, key, mask, causal, block_size, i, j)
+            return _add_block(*sums, scores, _block(value, j, block_size))
+
+        zeros = jnp.zeros_like(_block(log_denominator, i, block_size))
+        weighted_sum = jnp.zeros_like(_block(output, i, block_size), dtype=at_least_float32(query, key, value))
+        sums = zeros - 3e38, zeros, weighted_sum  # a finite maximum below any score: -infinity - -infinity is NaN
+        stop = i + 1 if causal else key_blocks  # causality leaves the blocks of keys 0, ..., i
+        maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
+        nothing = denominator == 0
+        output_i = jnp.where(nothing, 0, weighted_sum / denominator)
+        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))
+        return _add_to_block(output, i, block_size, output_i), _add_to_block(log_denominator, i, block_size, log_i)
+
+    output = jnp.zeros_like(query, shape=(query.shape[0], value.shape[1]), dtype=value.dtype)
+    log_denominator = jnp.zeros_like(query, shape=(query.shape[0], 1), dtype=at_least_float32(query, key))
+    output, log_denominator = jax.lax.fori_loop(0, query_blocks, attend, (output, log_denominator))
+    return output, (query, key, value, mask, output, log_denominator)
+
+
+def _backward(causal, block_size, saved, d_output):
+    """Algorithm 2 for one head: from the gradient dO (n, v) of the output to dQ (n, k), dK (m, k), dV (m, v).
+
+    The weights P are computed again, as exp(scores - log_denominator). Then, as in the paper, dV = P^T dO,
+    dP = dO V^T, dS = P * (dP - D) with D = rowsum(dO * O), dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k).
+    """
+    query, key, value, mask, output, log_denominator = saved
+    query_blocks, key_blocks = -(-query.shape[0] // block_size), -(-key.shape[0] // block_size)
+    dtype = log_denominator.dtype
+    row_sums = jnp.einsum("nv,nv->n", d_output, output, preferred_element_type=dtype)[:, None]
+
+    def differentiate(j, gradients):
+        d_query, d_key, d_value = gradients
+        key_j, value_j = _block(key, j, block_size), _block(value, j, block_size)
+
+        def step(i, gradients):
+            d_query, d_key_j, d_value_j = gradients
+            query_i, d_output_i = _block(query, i, block_size), _block(d_output, i, block_size)
+            scores = _block_scores(query, key, mask, causal, block_size, i, j)
+            weights = jnp.exp(scores - _block(log_denominator, i, block_size))
+            d_weights = jnp.einsum("nv,mv->nm", d_output_i, value_j, preferred_element_type=dtype)
+            d_scores = weights * (d_weights - _block(row_sums, i, block_size)) / math.sqrt(query.shape[1])
+            weights, d_scores = weights.astype(value.dtype), d_scores.astype(query.dtype)
+            d_query_i = jnp.einsum("nm,mk->nk", d_scores, key_j, preferred_element_type=dtype)
+            d_key_j += jnp.einsum("nm,nk->km", d_scores, query_i, preferred_element_type=d_key_j.dtype)
+            d_value_j += jnp.einsum("nm,nv->vm", weights, d_output_i, preferred_element_type=d_value_j.dtype)
+            return _add_to_block(d_query, i, block_size, d_query_i), d_key_j, d_value_j
+
+        # d_key_j and d_value_j are summed transposed, (k, m) and (v, m): on a CPU, XLA would else transpose (n, m).
+        sums = (jnp.zeros_like(x.T, dtype=at_least_float32(x)) for x in (key_j, value_j))
+        start = j if causal else 0  # causality leaves the blocks of queries j, j + 1, ...
+        d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query_blocks, step, (d_query, *sums))
+        d_key = _add_to_block(d_key, j, block_size, d_key_j.T)
+        return d_query, d_key, _add_to_block(d_value, j, block_size, d_value_j.T)
+
+    gradients = jnp.zeros_like(query, dtype=dtype), jnp.zeros_like(key), jnp.zeros_like(value)
+    d_query, d_key, d_value = jax.lax.fori_loop(0, key_blocks, differentiate, gradients)
+    return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(query, key, value, mask, causal, block_size):
+    """Attention of one head. `jax.custom_vjp` lets `_backward` be its derivative, in place of one that JAX derives."""
+    return _forward(query, key, value, mask, causal, block_size)[0]
+
+
+_flash.defvjp(_forward, _backward)
 
 
 def flash_attention(query, key, value, mask=None, *, causal=False, block_size=512):
-    """Equation 1 without the n x m matrix: FlashAttention (arXiv 2205.14135), section 3.1; also arXiv 2112.05682.
+    """Equation 1 one block at a time: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2.
 
-    A row of Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j), and both sums can be taken one block of keys at a time.
-    So that exp stays finite, they are taken relative to the largest score met so far; when a block raises that maximum
-    from a to b, what is already summed is multiplied by exp(a - b). Hence the three values carried for each query:
-    maximum, denominator, weighted_sum. For the gradient, `jax.checkpoint` runs a block again instead of storing it.
+    A row of Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be taken block by block. So that exp stays
+    finite, they are kept relative to the largest score so far. When a block brings a larger one, what is already
+    summed is rescaled. For the queries Q_i of one block:
 
-    Arguments, result and errors are those of `scaled_dot_product_attention`, with memory linear in n and m. Also raises
-    ValueError for a block_size that is not an int of at least 1.
+        maximum, denominator, weighted_sum = -infinity, 0, 0
+        for K_j, V_j in blocks of keys and values:
+            scores       = Q_i K_j^T / sqrt(d_k)
+            new_maximum  = max(maximum, rowmax(scores))
+            rescale      = exp(maximum - new_maximum)
+            exponentials = exp(scores - new_maximum)
+            denominator  = rescale * denominator + rowsum(exponentials)
+            weighted_sum = rescale * weighted_sum + exponentials V_j
+            maximum      = new_maximum
+        output = weighted_sum / denominator
+
+    Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m. `causal=True`
+    also saves time: blocks that lie wholly in the future are left out. A block is block_size queries by block_size
+    keys; 512 is good on a CPU, 1,024 or 2,048 on a GPU.
+    For forward mode (`jax.jvp`) and second derivatives, take `scaled_dot_product_attention`.
+    Also raises ValueError for a block_size that is not an int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be a Python int of at least 1, got {block_size}")
-    n, m, dtype = query.shape[-2], key.shape[-2], jnp.result_type(query, key, jnp.float32)
-    leading = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    shape = (*leading, n, value.shape[-1])
-    if 0 in (m, *shape):
-        return jnp.zeros(shape, value.dtype)
-    n_block, m_block = min(block_size, n), min(block_size, m)
+    mask = jnp.atleast_2d(True if mask is None else mask)
 
-    @jax.checkpoint  # of a block of queries, store the result only: not the maximum after each block of keys
-    def attend(block_of_queries):
-        i, query = block_of_queries
-        rows = i * n_block + jnp.arange(n_block)
+    def one_head(query, key, value, mask):
+        return _flash(query, key, value, mask, causal, block_size)
 
-        @jax.checkpoint  # of a block of keys, store the maximum only: not the exponentials
-        def step(carry, block_of_keys):
-            j, key, value = block_of_keys
-            columns = j * m_block + jnp.arange(m_block)
-
-            def add_block(carry, masked):
-                maximum, denominator, weighted_sum = carry
-                # The last block may be padded, with columns from m on. Causality (n = m) hides them by itself.
-                allowed = columns <= rows[:, None] if causal else columns < m
-                if mask is not None:
-                    allowed &= _part(_part(mask, rows, axis=-2), columns, axis=-1)
-                scores = _scores(query, key, allowed if masked else None)
-                new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, scores.max(axis=-1, keepdims=True)))
-                exponentials, rescale = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
-                denominator = denominator * rescale + exponentials.sum(axis=-1, keepdims=True)
-                weighted_sum = weighted_sum * rescale + jnp.einsum("...nm,...mv->...nv", exponentials, value)
-                return new_maximum, denominator, weighted_sum
-
-            # Skip a block that causality hides wholly; where all of it may be seen, save the time of masking it.
-            hidden = causal and columns[0] > rows[-1]
-            visible = mask is None and columns[-1] <= (rows[0] if causal else m - 1)
-            branches = [lambda carry: carry, functools.partial(add_block, masked=True)]
-            if mask is None:
-                branches.append(functools.partial(add_block, masked=False))
-            return jax.lax.switch(jnp.where(hidden, 0, 1 + visible), branches, carry), None
-
-        zeros = jnp.zeros((*leading, n_block, 1), dtype)
-        sums = jnp.zeros((*leading, n_block, value.shape[-1]), jnp.result_type(dtype, value))
-        start = zeros + _lowest_maximum(dtype), zeros, sums
-        (_, denominator, weighted_sum), _ = jax.lax.scan(step, start, _blocks(m_block, key, value))
-        return denominator, weighted_sum
-
-    denominator, weighted_sum = jax.lax.map(attend, _blocks(n_block, query))
-    output = jnp.moveaxis(weighted_sum / (denominator + 1e-18), 0, -3).astype(value.dtype)
-    return output.reshape(*leading, -1, value.shape[-1])[..., :n, :]
+    # `jnp.vectorize` maps it over all leading axes, which broadcast. (a, b) is (n, m), or has 1 for either.
+    return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)
 
 
-def _scores(query, key, mask):
-    """Q K^T / sqrt(d_k) (..., n, m) in at least float32, below `_lowest_maximum` where mask is False, else above."""
-    dtype, d_k = jnp.result_type(query, key, jnp.float32), query.shape[-1]
-    scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
-    # Added, because XLA on CPU then fuses scores, softmax and weighted sum: a forward pass stores the mask once, and
-    # not the scores of every head. A selection by jnp.where keeps them apart.
-    return scores if mask is None else scores + jnp.where(mask, 0, 2 * _lowest_maximum(dtype))
+# ---- Dtypes, and checks of arguments ---------------------------------------------------------------------------------
 
 
-def _lowest_maximum(dtype):
-    """-L/4, for the largest number L: scores lie within L/8 of zero, masked ones below -L/2 + L/8.
-
-    As the maximum of a row that is masked throughout it leaves exp(-L/8) = 0 at most.
-    """
-    return float(jnp.finfo(dtype).min) / 4
+def at_least_float32(*arrays):
+    """The dtype of sums over these arrays: float64 if one of them has it, else float32, also for half precision."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
-def _softmax(query, key, mask, causal):
-    """The softmax of Equation 1 as numerator (..., n, m) and denominator (..., n, 1)."""
-    if causal:
-        length = query.shape[-2]
-        mask = causal_mask(length) if mask is None else mask & causal_mask(length)
-    scores = _scores(query, key, mask)
-    maximum = scores.max(axis=-1, keepdims=True, initial=_lowest_maximum(scores.dtype))
-    numerator = jnp.exp(scores - jax.lax.stop_gradient(maximum))  # which cancels in the quotient
-    # Where a query may attend to anything the sum is at least exp(0) = 1, and 1e-18 is lost in it. Else it is 0, and
-    # 1e-18 avoids 0 / 0, also in the gradient, which divides by the square.
-    return numerator, numerator.sum(axis=-1, keepdims=True) + 1e-18
+def floating(name, x):
+    """x as an array, checked to be of floating point."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    return x
 
 
-def _blocks(size, *arrays):
-    """0, 1, ... and the arrays (..., length, depth) cut into as many blocks (..., size, depth), the last one padded."""
-    count = -(-arrays[0].shape[-2] // size)
-    cut = []
-    for x in arrays:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count * size - x.shape[-2]), (0, 0)])
-        cut.append(jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0))
-    return jnp.arange(count), *cut
-
-
-def _part(mask, positions, axis):
-    """The mask at these positions of an axis, False past its end; whole where the axis broadcasts."""
-    if mask.ndim < -axis or mask.shape[axis] == 1:
-        return mask
-    return jnp.take(mask, positions, axis=axis, mode="fill", fill_value=False)
+def broadcasts(shape, target):
+    """Whether `shape` broadcasts to exactly `target`."""
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _checked(query, key, value, mask, causal):
-    """The arguments as arrays, query and key clipped so that no score overflows, or a sentence on what does not fit."""
+    """The arguments as arrays, or one sentence on what does not fit."""
     query, key, value = floating("query", query), floating("key", key), floating("value", value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 2:
@@ -200,19 +271,4 @@ def _checked(query, key, value, mask, causal):
         raise TypeError(f"causal must be a Python bool (under jax.jit: static_argnames='causal'), got {causal!r}")
     if causal and n != m:
         raise ValueError(f"causal attention needs as many queries as keys, got {n} and {m}")
-    # Clipped, no score exceeds an eighth of the largest number, whatever numbers the padding holds. A NaN stays NaN.
-    limit = math.sqrt(float(jnp.finfo(jnp.result_type(query, key, jnp.float32)).max) / (8 * d_k))
-    return jnp.clip(query, -limit, limit), jnp.clip(key, -limit, limit), value, mask
-
-
-def floating(name, x):
-    """x as an array, checked to be of floating point."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    return x
-
-
-def broadcasts(shape, target):
-    """Whether `shape` broadcasts to exactly `target`."""
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
+    return query, key, value, mask

@@ -46,16 +46,16 @@ def test_shapes_and_dtypes(lead):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype):
-    """The weights are float32, the output is the float32 result rounded once to the dtype of value."""
-    halves = [x.astype(dtype) for x in arrays((2, 8, 16), (2, 8, 16), (2, 8, 16))]
-    singles = [x.astype(jnp.float32) for x in halves]
-    assert jax.eval_shape(attention_weights, *halves[:2]).dtype == jnp.float32
-    output = attend(*halves, causal=True)
-    assert output.dtype == dtype
-    expected = attend(*singles, causal=True).astype(dtype)
-    # Rounding to the nearest may fall to either side of a tie: one unit in the last place.
-    np.testing.assert_allclose(output.astype(float), expected.astype(float), rtol=float(jnp.finfo(dtype).eps))
+def test_half_precision(dtype):
+    """The weights are float32. Rounded to the dtype of value, they weigh the values; the output is rounded once."""
+    halves = [x.astype(dtype) for x in arrays((8, 16), (8, 16), (8, 16))]
+    weights, output = weigh(*halves[:2]), attend(*halves)
+    assert (weights.dtype, output.dtype) == (jnp.float32, dtype)
+    exact, _ = equation_1(*halves, mask=True)
+    np.testing.assert_allclose(weights, exact, rtol=2e-6)
+    expected = np.asarray(weights.astype(dtype), np.float64) @ np.asarray(halves[2], np.float64)
+    # Rounding to the nearest may fall to either side of a tie: one unit in the last place, and float32 noise.
+    np.testing.assert_allclose(output.astype(float), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -116,6 +116,16 @@ def test_rows_that_attend_to_nothing_are_zero():
 
     for gradient in jax.jit(jax.grad(row, argnums=(0, 1, 2)))(query, key, value):
         assert not np.any(gradient)
+
+
+def test_second_derivatives_with_a_row_that_attends_to_nothing():
+    """They are finite in float32, and zero for that row."""
+    query, key, value = arrays((3, 4), (3, 4), (3, 4))
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    hessian = jax.jit(jax.hessian(lambda query: jnp.square(attend(query, key, value, mask)).sum()))(query)
+    assert np.isfinite(hessian).all()
+    assert np.any(hessian[0])
+    assert not np.any(hessian[1])
 
 
 def test_weights_are_distributions():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import transformer_layer as tl
 from attention import attention_weights, flash_attention, padding_mask, scaled_dot_product_attention
@@ -75,6 +77,73 @@ def test_x64():
     np.testing.assert_allclose(output, EXPECTED(), atol=5e-6)
 
 
+def matrix_products(jaxpr):
+    """The `dot_general`s of a program, also of those inside of its loops and calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from matrix_products(inner)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
+def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype):
+    """No product multiplies half-precision numbers as float32; those of attention add them up in float32."""
+    inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, SOURCE, TARGET))
+    program = jax.make_jaxpr(functools.partial(transformer, attention=attention))(*inputs, MASK)
+    products = list(matrix_products(program.jaxpr))
+    assert len(products) == 3 * (4 + 2) + 2 * 2  # projections and products of three attentions, two feed-forwards
+    for product in products:
+        assert [operand.aval.dtype for operand in product.invars] == [dtype, dtype]
+    program = jax.make_jaxpr(attention)(*3 * [inputs[1]])
+    for product in matrix_products(program.jaxpr):
+        assert product.params["preferred_element_type"] == jnp.float32
+
+
+def on_a_mesh(function, kind, spec, *inputs):
+    """The gradient of the function with its inputs split over a mesh of 4 x 2 virtual devices by the spec."""
+    axis_types = {"axis_types": 2 * (kind,)}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices("cpu")[:8], **axis_types)
+    placed = jax.device_put(inputs, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))(*placed)
+
+
+many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="XLA_FLAGS asks for fewer than 8 devices")
+newer_jax = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no jax.set_mesh")
+
+
+@many_devices
+@newer_jax
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
+def test_attention_on_a_mesh(attention, kind):
+    """Batch and heads lie on 8 devices, where XLA finds out how to compute (Auto) or the types say it (Explicit)."""
+    inputs = arrays((4, 2, 10, 6), (4, 2, 10, 6), (4, 2, 10, 5))
+    function = functools.partial(attention, causal=True)
+    expected = jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
+    gradient = on_a_mesh(function, getattr(AxisType, kind), P("data", "model"), *inputs)
+    for actual, exact in zip(gradient, expected, strict=True):
+        assert actual.sharding.spec[:2] == ("data", "model")
+        np.testing.assert_allclose(actual, exact, atol=2e-6)
+
+
+@many_devices
+@newer_jax
+def test_flash_inside_shard_map():
+    """The same where each device runs a program of its own, with JAX's check of what varies from device to device."""
+    inputs = arrays((4, 2, 10, 6), (4, 2, 10, 6), (4, 2, 10, 5))
+    function = functools.partial(FLASH, causal=True)
+    expected = jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
+    spec = P("data", "model")
+    mapped = jax.shard_map(function, in_specs=spec, out_specs=spec)
+    for actual, exact in zip(on_a_mesh(mapped, AxisType.Auto, spec, *inputs), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, atol=2e-6)
+
+
 def test_nothing_compiles_again_when_only_values_change():
     """New parameters, inputs, masks, random keys and dropout rates run the program that is already compiled."""
     compiled = jax.jit(functools.partial(transformer, attention=FLASH))
@@ -97,6 +166,17 @@ def test_contents_of_padding_never_matter(attention):
     expected = function(query, key, value, mask)
     changed = function(query, key.at[4:].set(largest * signs), value.at[4:].set(-largest * signs), mask)
     np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
+def test_contents_of_padding_never_matter_to_the_gradient(attention):
+    """The same for gradients, up to contents whose scores are still finite."""
+    query, key, value = arrays((6, 4), (6, 4), (6, 4))
+    mask = padding_mask(4, 6)[0]
+    gradient = jax.jit(jax.grad(lambda *qkv: jnp.square(attention(*qkv, mask)).sum(), argnums=(0, 1, 2)))
+    expected = gradient(query, key, value)
+    for actual, exact in zip(gradient(query, key.at[4:].set(1e30), value.at[4:].set(-1e30)), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"attention": FLASH}], ids=["plain", "flash"])
