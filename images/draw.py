@@ -3,22 +3,26 @@
     python images/draw.py
 
 rewrites them all: the same numbers, from the same seed, each time. The lines of code in the boxes are those of the
-source (tests/test_readme.py looks), the memory in flash_attention.png is that of README's benchmark.
+source (tests/test_readme.py looks). The memory in flash_attention.png is what XLA plans when it compiles the gradients,
+here for a CPU.
 """
 
 import itertools
-import re
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 IMAGES = Path(__file__).parent
 sys.path.insert(0, str(IMAGES.parent))
 
-import main  # noqa: E402 - as in any script of a folder below, the path comes first
+# ruff: noqa: E402 - as in any script of a folder below, the path comes first
+import main
+from attention import flash_attention as flash
+from attention import scaled_dot_product_attention as plain
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart, and lighter ones of the same hue to write on.
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#666666", "#0072b2", "#d55e00", "#009e73"
@@ -78,32 +82,22 @@ def attention():
     """Figure 2 of the paper, with code and shapes."""
     figure, axes = canvas(6.3)
     axes.text(1.85, 6.08, "scaled_dot_product_attention", ha="center", weight="bold", size=11)
-    x, width = 1.62, 3.0
-    for at, name, depth in ((0.75, "query", "n, k"), (1.62, "key", "m, k"), (3.42, "value", "m, v")):
+    x, width = 1.65, 3.14
+    for at, name, depth in ((0.78, "query", "n, k"), (x, "key", "m, k"), (3.5, "value", "m, v")):
         axes.text(at, 0.22, name, ha="center", weight="bold", size=9.5)
         if name != "value":
             arrow(axes, (at, 0.4), (at, 1.02), label=f"({depth})")
-    box(axes, x, 1.3, width, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key'))
-    box(axes, x, 2.1, width, "Scale", code("/ math.sqrt(d_k)"))
-    box(axes, x, 2.9, width, "Mask (optional)", code("jnp.where(mask, 0, 2 * _lowest_maximum(dtype))"), GREY, size=6.9)
-    box(
-        axes,
-        x,
-        3.7,
-        width,
-        "SoftMax: numerator",
-        code("jnp.exp(scores - jax.lax.stop_gradient(maximum))"),
-        ORANGE,
-        size=7,
-    )
-    box(axes, x, 4.5, width, "MatMul", code('jnp.einsum("...nm,...mv->...nv", numerator, value)'), size=6.9)
-    box(axes, x, 5.3, width, "SoftMax: denominator", code("weighted_sum / denominator"), ORANGE)
-    for y in (1.58, 2.38, 3.18, 3.98):
-        arrow(axes, (x, y), (x, y + 0.24), label="(n, m)")
-    arrow(axes, (x, 4.78), (x, 5.02), label="(n, v)")
-    arrow(axes, (x, 5.58), (x, 5.95), label="(n, v)")
-    arrow(axes, (3.42, 0.4), (3.42, 4.5), (3.13, 4.5))
-    axes.text(3.5, 2.5, "(m, v)", size=8.5, color=GREY, rotation=90, va="center")
+    for y, title, line, colour, size in (
+        (1.3, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key') + ", …)", BLUE, 6.9),
+        (2.225, "Scale", code("/ math.sqrt(d_k)"), BLUE, 7.6),
+        (3.15, "Mask (optional)", code("mask & causal_mask(n)"), GREY, 7.6),
+        (4.075, "SoftMax", code("jax.nn.softmax(scores, axis=-1, where=mask)"), ORANGE, 7.6),
+        (5.0, "MatMul", code('jnp.einsum("...nm,...mv->...nv", weights, value') + ", …)", BLUE, 6.9),
+    ):
+        box(axes, x, y, width, title, line, colour, size=size)
+        arrow(axes, (x, y + 0.28), (x, y + 0.645 if y < 5 else 5.95), label="(n, m)" if y < 5 else "(n, v)")
+    arrow(axes, (3.5, 0.4), (3.5, 5.0), (x + width / 2, 5.0))
+    axes.text(3.58, 2.7, "(m, v)", size=8.5, color=GREY, rotation=90, va="center")
 
     axes.plot((3.92, 3.92), (0.2, 6.1), color=LIGHT[GREY], linewidth=2)
     axes.text(5.98, 6.08, "multi_head_attention", ha="center", weight="bold", size=11)
@@ -115,7 +109,7 @@ def attention():
     ):
         axes.text(at, 0.22, name, ha="center", weight="bold", size=9.5)
         arrow(axes, (at, 0.4), (at, 1.42), label=f"({length}, d)")
-        box(axes, at, 1.7, 1.2, "Linear", line, GREEN, size=7.2)
+        box(axes, at, 1.7, 1.2, "Linear", line, GREEN, size=6.7)
         arrow(axes, (at, 1.98), (at, 3.02), label=f"({split})")
     for offset in (0.14, 0.07):
         corner = 4.12 + offset, 3.02 + offset
@@ -220,56 +214,69 @@ def learned_attention():
     figure.savefig(IMAGES / "learned_attention.png")
 
 
-def memory_of_the_benchmark():
-    """{contestant: [(n, megabytes), ...]} of the gradients in README's table."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (IMAGES.parent / "README.md").read_text(encoding="utf-8").splitlines()
-        if re.match(r"\| (n|[\d,]+) \|", line)
-    ]
-    columns = {name: i for i, name in enumerate(rows[0]) if name in ("plain", "flash", "jax.nn")}
-    return {
-        name: [
-            (int(row[0].replace(",", "")), float(re.search(r"([\d,]+) MB", row[i])[1].replace(",", "")))
-            for row in rows
-            if row[1] == "gradient"
-        ]
-        for name, i in columns.items()
-    }
+def jax_nn(query, key, value, causal):
+    """`jax.nn.dot_product_attention`, which has its heads after its positions."""
+    swapped = (x.swapaxes(-2, -3) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*swapped, is_causal=causal).swapaxes(-2, -3)
+
+
+def megabytes(function, n):
+    """Memory of a gradient besides arguments and results, as in tests/benchmark.py. It is compiled, and not run."""
+
+    def loss(query, key, value, weight):
+        return jnp.vdot(function(query, key, value, causal=True), weight)
+
+    x = jax.ShapeDtypeStruct((1, 8, n, 64), jnp.float32)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return gradient.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes / 1e6
 
 
 def flash_attention():
-    """Which blocks of the n x m matrix exist when, and what that saves."""
+    """Which blocks of the n x m matrix are computed, in which order, and what that saves."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.3), layout="constrained")
     count = 6
     for i in range(count):
         for j in range(count):
-            kind = (LIGHT[GREY], "///") if j > i else (LIGHT[ORANGE], None) if j == i else (LIGHT[BLUE], None)
-            left.add_patch(Rectangle((j, i), 1, 1, facecolor=kind[0], hatch=kind[1], edgecolor="white", linewidth=2))
-    left.add_patch(Rectangle((2, 4), 1, 1, facecolor=BLUE, edgecolor="white", linewidth=2))
-    left.text(2.5, 4.5, "now", color="white", ha="center", va="center", weight="bold")
-    left.annotate("", (2.0, 4.5), (0.1, 4.5), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.5})
-    left.text(4.1, 1.2, "skipped:\nno query here may\nsee any key there", ha="center", va="center", size=9,
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 3})  # fmt: skip
-    left.text(1.0, 3.0, "no mask\nneeded", ha="center", va="center", size=9, bbox={"facecolor": LIGHT[BLUE], "lw": 0})
-    left.text(5.5, 5.5, "mask", ha="center", va="center", size=9)
-    left.set(xlim=(0, count), ylim=(count, 0), aspect="equal")
-    left.set_xticks([j + 0.5 for j in range(count)], [f"{j}" for j in range(count)])
-    left.set_yticks([i + 0.5 for i in range(count)], [f"{i}" for i in range(count)])
-    left.set(xlabel="blocks of keys: lax.scan", ylabel="blocks of queries: lax.map")
+            colour = GREY if j > i else ORANGE if j == 3 else BLUE
+            style = {"facecolor": LIGHT[colour], "edgecolor": "white", "hatch": "///" if j > i else None}
+            left.add_patch(Rectangle((j, i), 1, 1, linewidth=2, **style))
+    for x, y, width, height, colour in ((0, 2, 3, 1, BLUE), (3, 3, 1, 3, ORANGE)):  # one turn of each outer loop
+        left.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=colour, linewidth=1.5))
+        start, end = ((0.1, 2.5), (2.9, 2.5)) if colour == BLUE else ((3.5, 3.1), (3.5, 5.9))
+        left.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.5})
+    for x, y, text, background, rotation in (
+        (1.5, 2.25, "forward: for each i", LIGHT[BLUE], 0),
+        (1.5, 2.75, "j = 0, ..., i", LIGHT[BLUE], 0),
+        (3.76, 4.5, "backward: for each j", LIGHT[ORANGE], 270),
+        (3.24, 4.5, "i = j, j + 1, ...", LIGHT[ORANGE], 270),
+        (1.5, 4.5, "computed,\nthen masked", LIGHT[BLUE], 0),
+        (4.2, 1.2, "never computed:\nno query here may\nsee any key there", "white", 0),
+    ):
+        style = {"facecolor": background, "edgecolor": "none", "pad": 1.5}
+        left.text(x, y, text, rotation=rotation, ha="center", va="center", size=8.5, bbox=style)
+    left.set(xlim=(-0.03, count), ylim=(count + 0.03, 0), aspect="equal")
+    left.set_xticks([j + 0.5 for j in range(count)], range(count))
+    left.set_yticks([i + 0.5 for i in range(count)], range(count))
+    left.set(xlabel="block j of keys", ylabel="block i of queries")
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
     left.set_title("one block at a time (causal)", weight="bold", size=11)
-    for (name, points), colour in zip(memory_of_the_benchmark().items(), (GREEN, BLUE, ORANGE), strict=True):
-        label = {"plain": "scaled_dot_product_attention", "flash": "flash_attention", "jax.nn": "jax.nn"}[name]
-        right.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, label=label)
-    right.set(xscale="log", yscale="log", xlabel="positions n = m", ylabel="temporary memory of a gradient, MB")
-    right.set_xticks([n for n, _ in points], [f"{n:,}" for n, _ in points])
+    lengths = [512, 1024, 2048, 4096, 8192]
+    for name, function, colour in (
+        ("scaled_dot_product_attention", plain, GREEN),
+        ("jax.nn.dot_product_attention", jax_nn, ORANGE),
+        ("flash_attention", flash, BLUE),
+    ):
+        memory = [megabytes(function, n) for n in lengths]
+        right.plot(lengths, memory, "o-", color=colour, linewidth=2, markersize=5, label=name)
+    right.set(xscale="log", yscale="log", xlabel="positions n = m (8 heads of 64, float32)")
+    right.set(ylabel="temporary memory of a gradient, MB")
+    right.set_xticks(lengths, [f"{n:,}" for n in lengths])
     right.set_yticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
     right.minorticks_off()
     right.grid(color=LIGHT[GREY])
     right.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False, fontsize=9)
+    right.legend(framealpha=1, edgecolor="none", fontsize=9)
     right.set_title("memory: n against n squared", weight="bold", size=11)
     figure.savefig(IMAGES / "flash_attention.png")
 
