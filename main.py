@@ -1,43 +1,38 @@
-"""A small Transformer from end to end: sections 3.4, 3.5 and 5.3 of "Attention Is All You Need" around the encoder.
+"""The Transformer as a whole: Figure 1 of "Attention Is All You Need", its training and its use.
 
     python main.py [TEXT]
 
-shows the parameters, runs a jitted forward pass, trains the model to write its input backwards, and draws what its
-attention has learned. The axes, in shapes: b strings of a batch, n positions, d d_model, h heads, and s symbols.
+shows the parameters, runs a jitted forward pass, trains the model to write strings backwards, lets it write TEXT
+backwards, and draws what it reads meanwhile. The axes, in shapes and einsum strings:
+
+    ...  any leading (batch) axes        d  d_model
+    m    source positions                h  heads
+    n    target positions                s  symbols of the vocabulary
 """
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # before the imports that take a second, so that Ctrl-C is quiet from the start
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # at once: XLA's threads do not outlive an orderly exit
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python main.py | head` is no error
-    sys.stdout.reconfigure(line_buffering=True)
-
 import argparse
-import functools
-import itertools
 import math
-import random
-import re
-import threading
+import os
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention import attention_weights
-from transformer_layer import encoder, init_encoder
+from attention import attention_weights, scaled_dot_product_attention
+from transformer_layer import decoder, decoder_layer, encoder, init_decoder, init_encoder
 
-SYMBOLS = "".join(map(chr, range(32, 127)))  # printable ASCII: a token is a position in this string
+START = 0  # the token with which every target begins
+SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # a token is a position in this string: START, then printable ASCII
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
-WARMUP_STEPS = 500  # the paper: 4,000 of 100,000; the default 300 steps of this program all lie in the warm-up
+WARMUP_STEPS = 600  # the paper: 4,000 of 100,000 steps
+LABEL_SMOOTHING = 0.1  # section 5.4
+AVERAGED_STEPS = 50  # section 6.1 averages the last checkpoints
 
-# ---- The model: sections 3.4 and 3.5 ---------------------------------------------------------------------------------
+# ---- The model: Figure 1, sections 3.4 and 3.5 -----------------------------------------------------------------------
 
 
 def positional_encoding(length, d_model):
@@ -52,11 +47,15 @@ def positional_encoding(length, d_model):
 
 
 def init_model(rng, num_symbols, num_layers, d_model, num_heads, d_ff):
-    """embedding (s, d), normal with standard deviation 0.02 as in GPT, and the parameters of the encoder."""
-    rng_embedding, rng_encoder = jax.random.split(rng)
+    """Figure 1: one embedding (s, d), and the parameters of encoder and decoder.
+
+    The embedding is normal with standard deviation 0.02, as in GPT.
+    """
+    rngs = jax.random.split(rng, 3)
     return {
-        "embedding": 0.02 * jax.random.normal(rng_embedding, (num_symbols, d_model)),
-        "encoder": init_encoder(rng_encoder, num_layers, d_model, num_heads, d_ff),
+        "embedding": 0.02 * jax.random.normal(rngs[0], (num_symbols, d_model)),
+        "encoder": init_encoder(rngs[1], num_layers, d_model, num_heads, d_ff),
+        "decoder": init_decoder(rngs[2], num_layers, d_model, num_heads, d_ff),
     }
 
 
@@ -66,22 +65,51 @@ def embed(params, tokens):
     return params["embedding"][tokens] * math.sqrt(d_model) + positional_encoding(length, d_model)
 
 
-def model(params, tokens, mask=None, **options):
-    """Tokens (..., n) -> logits (..., n, s): `embed`, `encoder` with its mask and options, the embedding transposed.
+def model(params, source, target, mask=None, *, dropout_rng=None, **options):
+    """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s) of the tokens after target's.
 
-    Dropout, if asked for, is in the sub-layers only; section 5.4 also has it on the sum of embedding and positions.
+    mask hides positions of the source, as a `padding_mask` does. The other options are those that `encoder` and
+    `decoder` share: attention, dropout_rng, dropout_rate. Dropout is in the sub-layers only.
     """
-    x = encoder(params["encoder"], embed(params, tokens), mask, **options)
-    return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the same matrix at both ends
+    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
+    memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
+    x = embed(params, target)
+    x = decoder(params["decoder"], x, memory, memory_mask=mask, dropout_rng=rngs[1], **options)
+    return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the embedding, transposed
 
 
-# ---- Training: section 5.3 -------------------------------------------------------------------------------------------
+def shift_right(target):
+    """Section 3.1: the outputs, moved on by one position, so that a prediction depends on earlier tokens only.
+
+    (..., n) -> (..., n): START, then all tokens of target but the last.
+    """
+    return jnp.roll(target, 1, axis=-1).at[..., 0].set(START)
 
 
-def loss(params, tokens):
-    """Mean cross-entropy of the logits against the string written backwards. tokens (..., n) -> ()."""
-    log_probabilities = jax.nn.log_softmax(model(params, tokens))
-    return -jnp.take_along_axis(log_probabilities, tokens[..., ::-1, None], axis=-1).mean()
+def generate(params, source):
+    """Write a target as long as source, token after token, each the likeliest one (greedy). (..., m) -> (..., m).
+
+    The buffer has its full length from the start. What is not written yet does no harm: causality hides it.
+    """
+
+    def write(i, target):
+        logits = model(params, source, shift_right(target))[..., i, :]
+        return target.at[..., i].set(logits.at[..., START].set(-jnp.inf).argmax(axis=-1))
+
+    return jax.lax.fori_loop(0, source.shape[-1], write, jnp.zeros_like(source))
+
+
+# ---- Training: sections 5.3, 5.4 and 6.1 -----------------------------------------------------------------------------
+
+
+def loss(params, source, target):
+    """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
+
+    The wanted token has the probability 1 - 0.1; 0.1 is spread evenly over all symbols.
+    """
+    log_probabilities = jax.nn.log_softmax(model(params, source, shift_right(target)))
+    wanted = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)
+    return -((1 - LABEL_SMOOTHING) * wanted.mean() + LABEL_SMOOTHING * log_probabilities.mean())
 
 
 def learning_rate(step, d_model, warmup_steps=WARMUP_STEPS):
@@ -90,7 +118,7 @@ def learning_rate(step, d_model, warmup_steps=WARMUP_STEPS):
 
 
 def init_adam(params):
-    """The running means of the gradient and of its square, zero like the parameters."""
+    """The running means of the gradient and of its square, zero and shaped like the parameters."""
     return {"mean": jax.tree.map(jnp.zeros_like, params), "square": jax.tree.map(jnp.zeros_like, params)}
 
 
@@ -105,24 +133,35 @@ def adam(params, moments, gradient, step, rate):
     return jax.tree.map(update, params, mean, square), {"mean": mean, "square": square}
 
 
-def train(params, moments, rng, steps, shape, sharding=None):
-    """Training steps steps[0], ..., steps[1] - 1 in one compiled loop, each on new random strings of the given shape.
+def train_step(params, moments, step, source, target):
+    """One step of training, for step 1, 2, ...: the new parameters and moments, and the loss before it."""
+    value, gradient = jax.value_and_grad(loss)(params, source, target)
+    rate = learning_rate(step, params["embedding"].shape[-1])
+    return *adam(params, moments, gradient, step, rate), value
 
-    Steps count from 1. Returns the parameters, the moments and the loss of the last step before its update. The bounds
-    of the loop are arrays, so any number of steps runs without compiling again. The sharding is that of the strings.
-    """
 
-    def one_step(step, state):
-        params, moments, _ = state
-        tokens = jax.random.randint(jax.random.fold_in(rng, step), shape, 0, len(SYMBOLS))
-        if sharding is not None:
-            tokens = jax.lax.with_sharding_constraint(tokens, sharding)
-        value, gradient = jax.value_and_grad(loss)(params, tokens)
-        step = step.astype(jnp.float32)
-        rate = learning_rate(step, params["embedding"].shape[-1])
-        return *adam(params, moments, gradient, step, rate), value
+def average(mean, params, count):
+    """Section 6.1: the mean of count - 1 sets of parameters becomes that of count, with params as the newest."""
+    return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
-    return jax.lax.fori_loop(steps[0], steps[1], one_step, (params, moments, jnp.float32(0)))
+
+# ---- What the decoder reads ------------------------------------------------------------------------------------------
+
+
+def cross_attention(params, source, target):
+    """The weights with which the last decoder layer attends to the source. (..., m), (..., n) -> (..., h, n, m)."""
+    kept = []
+
+    def attention_that_keeps_its_weights(query, key, value, mask=None, *, causal=False):
+        kept.append(attention_weights(query, key, mask, causal=causal))
+        return scaled_dot_product_attention(query, key, value, mask, causal=causal)
+
+    memory = encoder(params["encoder"], embed(params, source))
+    others = jax.tree.map(lambda leaf: leaf[:-1], params["decoder"])
+    last = jax.tree.map(lambda leaf: leaf[-1], params["decoder"])
+    x = decoder(others, embed(params, shift_right(target)), memory)
+    decoder_layer(last, x, memory, attention=attention_that_keeps_its_weights)
+    return kept[1]  # kept[0] is the self-attention of the layer
 
 
 # ---- More devices, more machines -------------------------------------------------------------------------------------
@@ -145,6 +184,50 @@ def partition_specs(params):
     return jax.tree.map_with_path(spec, params)
 
 
+# ---- The program -----------------------------------------------------------------------------------------------------
+
+FLAGS = {  # default, smallest value, meaning
+    "--d-model": (64, 1, "width of the layers, an even number"),
+    "--num-heads": (1, 1, "attention heads, a divisor of --d-model"),
+    "--num-layers": (1, 1, "layers of the encoder, and of the decoder"),
+    "--d-ff": (128, 1, "inner width of the feed-forward network"),
+    "--batch-size": (32, 1, "strings in a training step"),
+    "--steps": (300, 0, "training steps"),
+    "--seed": (0, 0, "seed of all random numbers"),
+    "--model-parallel": (1, 1, "devices that share one layer"),
+}
+
+
+def refuse(message):
+    """End the program with one sentence and exit status 2."""
+    print(f"main.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_arguments():
+    """The command line; wrong input ends the program."""
+    parser = argparse.ArgumentParser(
+        description="Initialize a Transformer, run it, train it to write strings backwards, and let it write TEXT."
+    )
+    parser.error = refuse
+    text = "attention is all you need"
+    parser.add_argument("text", metavar="TEXT", nargs="*", default=[text], help=f"what to reverse (default: {text})")
+    for flag, (default, _, meaning) in FLAGS.items():
+        parser.add_argument(flag, metavar="N", type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument("--distributed", action="store_true", help="join the processes that mpirun or srun started")
+    arguments = parser.parse_args()
+    for flag, (_, smallest, _) in FLAGS.items():
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        if not smallest <= value < 2**31:
+            refuse(f"{flag} must be an integer from {smallest} to 2^31 - 1, got {value}")
+    if len(arguments.text) > 1:
+        refuse(f'TEXT of several words needs quotes: python main.py "{" ".join(arguments.text)}"')
+    arguments.text = arguments.text[0]
+    if not arguments.text or set(arguments.text) - set(SYMBOLS[1:]):
+        refuse(f"TEXT must be one or more printable ASCII symbols, got {arguments.text!a}")
+    return arguments
+
+
 def make_mesh(arguments):
     """The devices of all processes as a mesh ("data", "model"). A size that it does not divide is refused."""
     devices, parts = jax.device_count(), arguments.model_parallel
@@ -157,250 +240,118 @@ def make_mesh(arguments):
     return jax.make_mesh((devices // parts, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def connect(arguments):
-    """Join the other processes, if there are any, or end this one after --timeout seconds."""
-    if not arguments.distributed and arguments.coordinator is None:
-        return
-    place, timeout = (arguments.coordinator, arguments.num_processes, arguments.process_id), arguments.timeout
-    # JAX ends a process that waits in vain, but some seconds later and by a C++ stack trace in place of a sentence.
-    message = f"not all processes have met at {place[0] or 'the coordinator'} within {timeout} s"
-    too_late = threading.Timer(timeout, stop, [message])
-    too_late.start()
-    try:
-        jax.distributed.initialize(*place, initialization_timeout=timeout)
-    except Exception as error:
-        stop(f"cannot join the other processes: {error}")
-    too_late.cancel()
-    if jax.process_index():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # process 0 alone prints, and so do the C++ libraries
+def random_strings(generator, batch_size, length):
+    """Tokens (b, n) of strings of at most 8 different symbols. Repetition makes the model learn positions."""
+    symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
+    return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
 
 
-def stop(message):
-    """End at once, with one sentence and exit status 1: an orderly exit would wait for the other processes."""
-    print(f"main.py: {message.splitlines()[0]}", file=sys.stderr, flush=True)
-    os._exit(1)
+def as_text(tokens):
+    """Tokens (n,) -> the string of their symbols."""
+    return "".join(SYMBOLS[token] for token in tokens)
 
 
-# ---- What the attention looks at -------------------------------------------------------------------------------------
-
-
-def last_layer_attention(params, tokens):
-    """The attention weights of the encoder's last layer. tokens (n,) -> (h, n, n)."""
-    x = encoder(jax.tree.map(lambda leaf: leaf[:-1], params["encoder"]), embed(params, tokens))
-    last = jax.tree.map(lambda leaf: leaf[-1], params["encoder"]["self_attention"])
-    query, key = (jnp.einsum("nd,dhk->hnk", x, last[name]) for name in ("query", "key"))
-    return attention_weights(query, key)
-
-
-def heat_map(weights, text, shades, size=36):
-    """Lines of text: a row for each query, a column for each key, the darkest shade for the largest weight.
-
-    weights (n, n), text of n symbols. Above `size` positions, a cell is the largest weight of several neighbours.
-    """
-    weights, stride = weights.tolist(), math.ceil(len(text) / size)
-    starts, largest = range(0, len(text), stride), max(map(max, weights))
-    lines = ["  " + text[::stride]]
-    for i in starts:
-        cells = (max(w for row in weights[i : i + stride] for w in row[j : j + stride]) for j in starts)
-        lines.append(text[i] + " " + "".join(shades[int(w / largest * (len(shades) - 0.01))] for w in cells))
-    return lines
-
-
-# ---- The program -----------------------------------------------------------------------------------------------------
-
-
-def encode(strings):
-    """Strings of one length -> tokens (b, n)."""
-    return jnp.array([[SYMBOLS.index(symbol) for symbol in string] for string in strings])
-
-
-def decode(logits):
-    """Logits (b, n, s) -> the b strings of the likeliest symbols."""
-    return ["".join(SYMBOLS[token] for token in tokens) for tokens in logits.argmax(axis=-1).tolist()]
-
-
-def refuse(message):
-    """End the program with one sentence and exit status 2."""
-    print(f"main.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_arguments():
-    """The command line; wrong input ends the program with one sentence and exit status 2."""
-
-    def at_least(smallest):
-        def integer(argument):
-            if not argument.isdecimal() or not smallest <= int(argument) < 2**31:
-                raise argparse.ArgumentTypeError(f"must be an integer from {smallest} to 2^31 - 1, got {argument!r}")
-            return int(argument)
-
-        return integer
-
-    parser = argparse.ArgumentParser(
-        description="Initialize a Transformer, run it, train it to write its input backwards, and draw its attention."
-    )
-    parser.error = refuse
-    parser.add_argument(
-        "text",
-        metavar="TEXT",
-        nargs="?",
-        default="attention is all you need",
-        help="what to reverse (default: %(default)s)",
-    )
-    for flag, smallest, default, meaning in (
-        ("--length", 1, 32, "positions; TEXT is padded with spaces"),
-        ("--d-model", 1, 64, "width of the layers, an even number"),
-        ("--num-heads", 1, 1, "attention heads, a divisor of --d-model"),
-        ("--num-layers", 1, 1, "encoder layers"),
-        ("--d-ff", 1, 128, "inner width of the feed-forward network"),
-        ("--batch-size", 1, 64, "strings in a training step"),
-        ("--steps", 0, 300, "training steps"),
-        ("--seed", 0, 0, "seed of all random numbers"),
-        ("--model-parallel", 1, 1, "devices that share one layer"),
-    ):
-        parser.add_argument(
-            flag, metavar="N", type=at_least(smallest), default=default, help=f"{meaning} (default: {default})"
-        )
-    several = parser.add_argument_group("several processes")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
-    several.add_argument("--num-processes", metavar="N", type=at_least(1), help="how many there are")
-    several.add_argument("--process-id", metavar="N", type=at_least(0), help="which one this is, from 0")
-    several.add_argument("--distributed", action="store_true", help="ask Slurm, Cloud TPU, ... for all three")
-    several.add_argument(
-        "--timeout", metavar="N", type=at_least(1), default=60, help="seconds to wait for the others (default: 60)"
-    )
-    arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.text) - set(SYMBOLS)):
-        parser.error(f"TEXT must be printable ASCII, got {''.join(unknown)!a}")
-    if len(arguments.text) > arguments.length:
-        parser.error(f"TEXT must fit into --length {arguments.length}, got {len(arguments.text)} characters")
-    if arguments.d_model % 2 or arguments.d_model % arguments.num_heads:
-        parser.error(
-            f"--d-model must be even and a multiple of --num-heads, got {arguments.d_model} and {arguments.num_heads}"
-        )
-    place = arguments.coordinator, arguments.num_processes, arguments.process_id
-    if place != (None, None, None) and (None in place or arguments.distributed):
-        parser.error("--coordinator, --num-processes and --process-id belong together, and without --distributed")
-    if place[0] is not None and not re.fullmatch(r".+:\d{1,5}", place[0]):
-        parser.error(f"--coordinator must be HOST:PORT, got {place[0]!a}")
-    if place[0] is not None and place[2] >= place[1]:
-        parser.error(f"--process-id must be below --num-processes, got {place[2]} and {place[1]}")
-    return arguments
-
-
-def show_parameters(params, mesh):
-    """The pytree as a table, and how it is spread over the mesh."""
-    print("1. Parameters: a Transformer is a dict of arrays\n")
+def show_parameters(params):
+    """The pytree as a table."""
+    print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
     for path, leaf in jax.tree.leaves_with_path(params):
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
-    leaves = jax.tree.leaves(params)
-    total, megabytes = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves) / 1e6
-    print(f"{f'total, in MB: {megabytes:.2f}':<68}{total:>12,}")
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves) / total
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"{f'mesh: {axes}; on each device':<68}{held:>12.1%}")
+    print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
 
 
-def timed(function, *arguments):
-    """The function's result, and the milliseconds until it was there."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return result, (time.perf_counter() - start) * 1e3
-
-
-def show_forward_pass(params, tokens):
-    """The shapes of the stages, jit against no jit. Returns the compiled `model`."""
+def show_forward_pass(params, source, target):
+    """The shapes of what goes in and comes out, and what `jax.jit` costs once and saves from then on."""
     print("\n2. Forward pass: TEXT and random strings, one batch\n")
-    x = jax.eval_shape(embed, params, tokens)
-    logits = jax.eval_shape(model, params, tokens)
-    for stage, array in (("tokens", tokens), ("embedding + positions", x), ("encoder", x), ("logits", logits)):
-        print(f"{stage:<24}{array.shape!s:>18}")
-    readable = params["embedding"].sharding  # replicated: a logit that another process holds cannot be printed
-    forward, compile_ms = timed(jax.jit(model, out_shardings=readable).lower(params, tokens).compile)
-    timed(forward, params, tokens)  # the first run also allocates
-    compiled_logits, run_ms = timed(forward, params, tokens)
-    logits, eager_ms = timed(model, params, tokens)
-    print(f"\ncompile, once           {compile_ms:10.2f} ms")
-    print(f"run, compiled           {run_ms:10.2f} ms")
-    print(f"run, without jit        {eager_ms:10.2f} ms (operation by operation)")
-    print(f"largest difference      {abs(compiled_logits - logits).max():10.1e}")
-    return forward
+    forward, seconds = jax.jit(model), []
+    for _ in range(2):
+        start = time.perf_counter()
+        logits = jax.block_until_ready(forward(params, source, target))
+        seconds.append(time.perf_counter() - start)
+    print(f"source and target {source.shape!s:>16}\nlogits            {logits.shape!s:>16}")
+    print(f"first call        {seconds[0] * 1e3:13.2f} ms  (compiles)\nsecond call       {seconds[1] * 1e3:13.2f} ms")
 
 
-def show_training(arguments, params, forward, strings, tokens, rng):
-    """Train, with a progress line: rewritten in place on a terminal, else a few plain lines. Returns the parameters."""
-    print("\n3. Training: write the input backwards, learned from random strings\n")
-    places = jax.tree.map(lambda leaf: leaf.sharding, params)
-    places = places, {"mean": places, "square": places}
-    moments = jax.jit(init_adam, out_shardings=places[1])(params)
-    one_loop = functools.partial(train, shape=tokens.shape, sharding=tokens.sharding)
-    compiled = jax.jit(one_loop, donate_argnames="moments", out_shardings=(*places, None))
-    terminal = sys.stdout.isatty() and jax.process_count() == 1  # the processes take the same steps
-    reports = min(arguments.steps, 50 if terminal else 6)
-    bounds = [arguments.steps * i // max(reports, 1) for i in range(reports + 1)]
-    for first, last in itertools.pairwise(bounds):
-        params, moments, value = compiled(params, moments, rng, (first + 1, last + 1))
-        written = decode(forward(params, tokens))
-        right = sum(a == b for s, w in zip(strings, written, strict=True) for a, b in zip(s[::-1], w, strict=True))
-        line = f"step {last:>5}  loss {value:7.4f}  accuracy on held-out strings {right / tokens.size:7.2%}"
-        print(line, end="\r" if terminal and last < arguments.steps else "\n", flush=True)
-    if not arguments.steps:
-        print("no steps: the model stays untrained")
-    return params
-
-
-def show_attention(arguments, before, after, tokens):
-    """The heat maps of the last layer's heads, before training beside after it."""
+def heat_map(weights, rows, columns):
+    """Lines of text for weights (n, m): a row for each query, a column for each key, the largest weight darkest."""
     try:
-        " ░▒▓█".encode(sys.stdout.encoding or "ascii")
-        shades = " ░▒▓█"
+        shades = " \u2591\u2592\u2593\u2588"  # from a blank to a full block
+        shades.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         shades = " .:*#"
-    text = arguments.text.ljust(arguments.length)
-    shown = min(arguments.num_heads, 4)
-    print(f"\n5. Attention of layer {arguments.num_layers} of {arguments.num_layers}, ", end="")
-    print(f"head{'s' * (shown > 1)} 1{f' to {shown}' * (shown > 1)} of {arguments.num_heads}: ", end="")
-    print(f"before | after {arguments.steps} steps" if arguments.steps else "untrained")
-    print("   row: the position that looks, column: what it looks at, darkest: most")
-    compiled = jax.jit(last_layer_attention, out_shardings=before["embedding"].sharding)
-    maps = [compiled(params, tokens) for params in ((before, after) if arguments.steps else (before,))]
-    for head in range(shown):
-        print()
-        for lines in zip(*(heat_map(weights[head], text, shades) for weights in maps), strict=True):
-            print("    ".join(lines).rstrip())
+    cells = (weights / weights.max() * (len(shades) - 0.01)).astype(int)
+    return ["  " + columns] + [
+        f"{row} {''.join(shades[i] for i in line)}" for row, line in zip(rows, cells, strict=True)
+    ]
 
 
 def main():
     """Parse the command line and print the five parts."""
     arguments = parse_arguments()
-    connect(arguments)
-    mesh = make_mesh(arguments)
-    sizes = {name: getattr(arguments, name) for name in ("num_layers", "d_model", "num_heads", "d_ff")}
-    rng_params, rng_train = jax.random.split(jax.random.key(arguments.seed))
-    init = functools.partial(init_model, num_symbols=len(SYMBOLS), **sizes)
-    specs = partition_specs(jax.eval_shape(init, rng_params))
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    params = jax.jit(init, out_shardings=places)(rng_params)
-    show_parameters(params, mesh)
+    if arguments.distributed:
+        try:
+            jax.distributed.initialize()
+        except ValueError:
+            refuse("--distributed needs a launcher that JAX knows, such as mpirun or srun")
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - process 0 alone prints
+    text, steps, mesh = arguments.text, arguments.steps, make_mesh(arguments)
+    generator = np.random.default_rng(arguments.seed)
+    held_out = random_strings(generator, arguments.batch_size, len(text))
+    held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
 
-    choices = random.Random(arguments.seed).choices
-    strings = ["".join(choices(SYMBOLS, k=arguments.length)) for _ in range(arguments.batch_size)]
-    strings[0] = arguments.text.ljust(arguments.length)
-    shape, rows = (arguments.batch_size, arguments.length), NamedSharding(mesh, P("data"))
-    tokens = jax.make_array_from_callback(shape, rows, lambda part: encode(strings[part[0]]))  # a device's own strings
-    forward = show_forward_pass(params, tokens)
-    trained = show_training(arguments, params, forward, strings, tokens, rng_train)
+    def init():
+        sizes = arguments.num_layers, arguments.d_model, arguments.num_heads, arguments.d_ff
+        params = init_model(jax.random.key(arguments.seed), len(SYMBOLS), *sizes)
+        return params, init_adam(params)
 
-    print("\n4. Result: a text the model never saw\n")
-    written = decode(forward(trained, tokens))[0]
-    print(f"input   {arguments.text}\noutput  {written[arguments.length - len(arguments.text) :]}")
-    show_attention(arguments, params, trained, tokens[0])
+    try:
+        shapes = jax.eval_shape(init)
+        jax.eval_shape(embed, shapes[0], held_out)
+    except ValueError as error:  # sizes that do not fit together: nothing was computed yet
+        refuse(error)
+
+    # Where arrays lie: the state as `partition_specs` says, a batch by rows, what is shown whole on every device.
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
+    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def place(tokens):
+        return jax.make_array_from_callback(tokens.shape, rows, lambda part: tokens[part])
+
+    source, target = place(held_out), place(held_out[:, ::-1])
+    params, moments = jax.jit(init, out_shardings=places)()
+    show_parameters(params)
+    show_forward_pass(params, source, target)
+
+    print(f"\n3. Training: {steps} steps on random strings, each to be written backwards\n")
+    one_step, write = jax.jit(train_step, out_shardings=(*places, whole)), jax.jit(generate, out_shardings=whole)
+    update_mean = jax.jit(average)
+    untrained = mean = params
+    for step in range(1, steps + 1):
+        strings = random_strings(generator, arguments.batch_size, len(text))
+        params, moments, value = one_step(params, moments, step, place(strings), place(strings[:, ::-1]))
+        if step > steps - AVERAGED_STEPS:
+            mean = update_mean(mean, params, step - max(steps - AVERAGED_STEPS, 0))
+        if step * 6 // steps > (step - 1) * 6 // steps:
+            written = np.asarray(write(params, source))
+            right = (written == held_out[:, ::-1]).mean()
+            print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)
+
+    print("\n4. Result: a text that the model never saw\n")
+    counts = []
+    for candidate in (params, mean):
+        written = np.asarray(write(candidate, source))
+        counts.append((written == held_out[:, ::-1]).all(axis=1).sum())
+    print(f"read     {text}\nwritten  {as_text(written[0])}")
+    print(f"of {len(held_out)} strings, right to the letter: last parameters {counts[0]}, their mean {counts[1]}")
+
+    print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
+    print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")
+    look = jax.jit(cross_attention, out_shardings=whole)
+    before, after = (np.asarray(look(candidate, source, target))[0] for candidate in (untrained, mean))
+    for head in range(arguments.num_heads):
+        for lines in zip(*(heat_map(weights[head], text[::-1], text) for weights in (before, after)), strict=True):
+            print("    ".join(lines).rstrip())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        if jax.process_count() == 1:
-            raise
-        stop(f"process {jax.process_index()} of {jax.process_count()} lost another one, or failed: {error}")
+    main()

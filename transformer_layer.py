@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attention import broadcasts, floating, scaled_dot_product_attention
+from attention import at_least_float32, broadcasts, floating, scaled_dot_product_attention
 
 # ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def layer_norm(params, x, epsilon=1e-5):
     x (..., d) -> (..., d), with mean and variance in at least float32.
     """
     x = _checked("x", x, "d", params["scale"], "d")
-    wide = x.astype(jnp.result_type(x, jnp.float32))
+    wide = x.astype(at_least_float32(x))
     centered = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(centered).mean(axis=-1, keepdims=True)
     return (centered * jax.lax.rsqrt(variance + epsilon) * params["scale"] + params["bias"]).astype(x.dtype)
@@ -145,7 +145,6 @@ def encoder_layer(
     x (..., n, d), mask broadcasting to (..., h, n, n): one for each batch element is (b, 1, n, n) -> (..., n, d).
     `causal=True` makes it the layer of a decoder-only model (GPT). Without dropout_rng there is no dropout.
     """
-    x = _checked("x", x, "n d", params["self_attention"]["query"], "d h k")
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng, 2)
     sublayer = multi_head_attention(params["self_attention"], x, x, x, mask, causal=causal, attention=attention)
     x = layer_norm(params["self_attention_norm"], x + dropout(rngs[0], sublayer, dropout_rate))
@@ -195,8 +194,6 @@ def decoder_layer(
     x (..., n, d), memory (..., m, d), mask broadcasting to (..., h, n, n), memory_mask to (..., h, n, m) ->
     (..., n, d). Queries come from x, keys and values from memory. Without dropout_rng there is no dropout.
     """
-    x = _checked("x", x, "n d", params["self_attention"]["query"], "d h k")
-    memory = _checked("memory", memory, "m d", params["cross_attention"]["key"], "d h k")
     if not broadcasts(memory.shape[:-2], x.shape[:-2]):
         raise ValueError(f"the leading axes of memory must broadcast to those of x, got {memory.shape} and {x.shape}")
     rngs = (None, None, None) if dropout_rng is None else jax.random.split(dropout_rng, 3)
@@ -241,17 +238,23 @@ def _init_layers(init_layer, rng, num_layers, *sizes):
 
 
 def _scan_layers(layer, params, x, dropout_rng):
-    """x through the layers one after the other; `jax.lax.scan` compiles the layer once, whatever their number."""
+    """x through the layers one after the other, as the loop `for p, rng in layers: x = layer(p, x, dropout_rng=rng)`.
+
+    `jax.lax.scan(step, x, inputs)` is that loop, compiled once whatever the number of layers. It calls step with the x
+    so far and with the next layer's slice of the inputs, a tree of arrays that all have a leading layer axis. step
+    returns the next x, and an output of its own that scan would stack. There is none, hence the two `None`s.
+    """
     scale = params["feed_forward_norm"]["scale"]
     if scale.ndim != 2:
         raise ValueError(f"a stack needs parameters with a leading layer axis, got a layer norm of shape {scale.shape}")
     rngs = None if dropout_rng is None else jax.random.split(dropout_rng, len(scale))
 
-    def step(x, layer_inputs):
-        params, rng = layer_inputs
-        return layer(params, x, dropout_rng=rng), None
+    def step(x, inputs):
+        layer_params, layer_rng = inputs
+        return layer(layer_params, x, dropout_rng=layer_rng), None
 
-    return jax.lax.scan(step, x, (params, rngs))[0]
+    x, _ = jax.lax.scan(step, x, (params, rngs))
+    return x
 
 
 def _checked(name, x, axes, weight, weight_axes):

@@ -5,7 +5,9 @@
 Contestants run in turn, round after round, so that a machine that slows down slows all of them; a figure is the median
 of the rounds, followed by half the distance from the fastest to the slowest. Temporary memory is what XLA allocates
 besides arguments and results (`memory_analysis`). A gradient is timed together with the value, as training takes both.
-flax, equinox, dm-haiku and torch join where they are installed.
+flax, equinox, dm-haiku and torch join where they are installed. On a GPU or TPU the sizes are larger, there are tables
+in bfloat16 too, and cuDNN's attention joins in these. A dash is a figure that is not there: who needs most of the
+device's memory (on a CPU, 4 GB) is not timed.
 """
 
 import argparse
@@ -26,7 +28,19 @@ import jax.numpy as jnp
 from attention import flash_attention, scaled_dot_product_attention
 from transformer_layer import encoder, encoder_layer, init_encoder, init_encoder_layer
 
-PEERS = ("flax", "equinox", "dm-haiku", "torch")
+PEERS = {"flax": "flax", "equinox": "equinox", "dm-haiku": "haiku", "torch": "torch"}  # package: its module
+MODELS = {"base": (512, 8, 2048), "big": (1024, 16, 4096)}  # d_model, heads and d_ff, from Table 3 of the paper
+DEVICE = jax.devices()[0]
+CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
+CALLS = 1 if CPU else 50  # between two waits, so that the device always has the next call at hand
+MEMORY = 0.8 * (DEVICE.memory_stats() or {}).get("bytes_limit", 5e9)  # the rest is for arguments and results
+
+
+def joins(package):
+    """Whether a package is installed and, if it is PyTorch, can use the device that JAX uses."""
+    if not importlib.util.find_spec(PEERS[package]):
+        return False
+    return CPU or package != "torch" or importlib.import_module("torch").cuda.is_available()
 
 
 def progress(text):
@@ -35,18 +49,49 @@ def progress(text):
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def wait(result):
+    """Until the result is there: JAX returns before it is, and so does PyTorch on a GPU."""
+    jax.block_until_ready(result)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def race(label, contestants, rounds):
     """Median and half the range, in milliseconds, of each {name: function without arguments}, run in turn."""
     times = {name: [] for name in contestants}
     for i in range(rounds):
         for name, function in contestants.items():
             progress(f"{label}: {name}, round {i + 1} of {rounds}")
-            jax.block_until_ready(function())  # not counted: the first after another contestant is up to a fifth slower
+            wait(function())  # not counted: the first after another contestant is up to a fifth slower
             start = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(CALLS):
+                result = function()
+            wait(result)
+            times[name].append((time.perf_counter() - start) / CALLS * 1e3)
     progress("")
     return {name: (statistics.median(values), (max(values) - min(values)) / 2) for name, values in times.items()}
+
+
+def compiled(kind, function, arguments, argnums=0):
+    """The forward pass, or value and gradient of its sum of squares, and the bytes of temporary memory or None."""
+    traced = function
+    if kind == "gradient":
+        traced = jax.value_and_grad(lambda *arguments: jnp.square(function(*arguments)).sum(), argnums)
+    executable = jax.jit(traced).lower(*arguments).compile()
+    memory = getattr(executable.memory_analysis(), "temp_size_in_bytes", None)
+    return functools.partial(executable, *arguments), memory
+
+
+def torch_contestant(kind, function, leaves):
+    """PyTorch's forward pass, or gradient of its sum of squares with respect to the leaves."""
+    import torch
+
+    # On a GPU, JAX by default multiplies float32 matrices in TF32. So shall PyTorch.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if kind == "forward":
+        return torch.no_grad()(function)
+    return lambda: torch.autograd.grad(function().square().sum(), leaves)
 
 
 def table(header, rows):
@@ -58,73 +103,77 @@ def table(header, rows):
 
 def milliseconds(median, spread):
     """A median and, unless it is of a single run, its spread, with three significant digits or more."""
-    digits = 0 if median >= 100 else 1 if median >= 10 else 2
-    return f"{median:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "")
+    if median is None:
+        return "-"
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2 if median >= 1 else 3
+    return f"{median:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "") + " ms"
+
+
+def megabytes(memory):
+    """The memory, or a dash where XLA does not say."""
+    return "-" if memory is None else f"{memory / 1e6:,.0f} MB"
+
+
+def ratio(a, b, digits):
+    """a / b, or a dash where one of them is not there."""
+    return f"{a / b:.{digits}f} x" if a and b else "-"
 
 
 # ---- Attention over the length ---------------------------------------------------------------------------------------
 
 
-def jax_nn_attention(query, key, value, causal):
-    """`jax.nn.dot_product_attention`, which has its heads after its positions."""
+def jax_nn_attention(query, key, value, mask=None, *, causal=False, implementation=None):
+    """`jax.nn.dot_product_attention`, which has its heads after its positions, as the `attention` of a layer."""
+    if mask is not None:  # cuDNN takes none that broadcasts over queries or keys
+        mask = jnp.broadcast_to(mask, (*mask.shape[:-2], query.shape[-2], key.shape[-2]))
     swapped = (x.swapaxes(-2, -3) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*swapped, is_causal=causal).swapaxes(-2, -3)
+    options = {"mask": mask, "is_causal": causal, "implementation": implementation}
+    return jax.nn.dot_product_attention(*swapped, **options).swapaxes(-2, -3)
 
 
-def attention_table(lengths, rounds):
-    """Causal attention, batch 1, 8 heads of 64, float32: forward, and gradient with respect to q, k and v."""
-    functions = {
-        "plain": scaled_dot_product_attention,
-        "flash": flash_attention,
-        "jax.nn": jax_nn_attention,
-    }
+cudnn_attention = functools.partial(jax_nn_attention, implementation="cudnn")  # CUDA and half precision only
+
+
+def attention_table(sizes, dtype):
+    """Causal attention of 8 heads of 64, forward and gradient with respect to q, k and v. sizes: (b, n, rounds)."""
     rows = []
-    for length, count in zip(lengths, rounds, strict=True):
-        query, key, value, weight = jax.random.normal(jax.random.key(0), (4, 1, 8, length, 64))
+    for batch, length, rounds in sizes:
+        flash = functools.partial(flash_attention, block_size=512 if CPU else min(2048, length // 2))
+        functions = {"plain": scaled_dot_product_attention, "flash": flash, "jax.nn": jax_nn_attention}
+        if CUDA and dtype == "bfloat16":
+            functions["cuDNN"] = cudnn_attention
+        arguments = tuple(jax.random.normal(jax.random.key(0), (3, batch, 8, length, 64), dtype))
         for kind in ("forward", "gradient"):
-            memory, contestants = {}, {}
+            label, memory, contestants = f"attention, n = {length}, {kind}", {}, {}
             for name, function in functions.items():
+                progress(f"{label}: compiling {name}")
                 forward = functools.partial(function, causal=True)
-                if kind == "gradient":
-
-                    def loss(query, key, value, weight, forward=forward):
-                        return jnp.vdot(forward(query, key, value), weight)
-
-                    arguments, traced = (query, key, value, weight), jax.value_and_grad(loss, argnums=(0, 1, 2))
-                else:
-                    arguments, traced = (query, key, value), forward
-                progress(f"attention, n = {length}, {kind}: compiling {name}")
-                compiled = jax.jit(traced).lower(*arguments).compile()
-                memory[name] = compiled.memory_analysis().temp_size_in_bytes
-                contestants[name] = functools.partial(compiled, *arguments)
-            if importlib.util.find_spec("torch"):
-                contestants["torch"] = torch_attention(arguments, kind)
-            times = race(f"attention, n = {length}, {kind}", contestants, count)
-            rows.append(
-                [f"{length:,}", kind]
-                + [f"{milliseconds(*times[name])} ms, {memory[name] / 1e6:,.0f} MB" for name in functions]
-                + [f"{milliseconds(*times[name])} ms" for name in times if name not in functions]
-                + [f"{times['jax.nn'][0] / times['flash'][0]:.1f} x, {memory['jax.nn'] / memory['flash']:.0f} x"]
-            )
-    peers = [name for name in times if name not in functions]
-    table(["n", "", *functions, *peers, "jax.nn / flash: time, memory"], rows)
+                contestant, memory[name] = compiled(kind, forward, arguments, argnums=(0, 1, 2))
+                if not memory[name] or memory[name] < MEMORY:
+                    contestants[name] = contestant
+            if joins("torch"):
+                contestants["torch"] = torch_attention(kind, arguments)
+            times = dict.fromkeys(functions, (None, None)) | race(label, contestants, rounds)
+            row = [f"{length:,}" if batch == 1 else f"{batch} x {length:,}", kind]
+            row += [f"{milliseconds(*times[name])}, {megabytes(memory[name])}" for name in functions]
+            row += [milliseconds(*times[name]) for name in times if name not in functions]
+            faster = ratio(times["jax.nn"][0], times["flash"][0], 1)
+            rows.append([*row, f"{faster}, {ratio(memory['jax.nn'], memory['flash'], 0)}"])
+    blocks = "512" if CPU else "n / 2 and at most 2,048"
+    print(f"\nCausal attention, 8 heads of 64, {dtype}, flash in blocks of {blocks}:")
+    table(["n", "", *times, "jax.nn / flash: time, memory"], rows)
 
 
-def torch_attention(arguments, kind):
-    """PyTorch's hand-written CPU kernel on the same numbers."""
+def torch_attention(kind, arguments):
+    """PyTorch's hand-written kernel on the same numbers and device."""
     import torch
 
-    tensors = [torch.from_dlpack(x).clone() for x in arguments]
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-    if kind == "forward":
-        return lambda: attend(*tensors).numpy()
-    leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
-    return lambda: [x.numpy() for x in torch.autograd.grad(torch.sum(attend(*leaves) * tensors[3]), leaves)]
+    tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in arguments]
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=True)
+    return torch_contestant(kind, attend, tensors)
 
 
-# ---- The layer at base size ------------------------------------------------------------------------------------------
-
-D_MODEL, HEADS, D_FF = 512, 8, 2048
+# ---- The layer -------------------------------------------------------------------------------------------------------
 
 
 def matrix_products(params, x):
@@ -137,30 +186,30 @@ def matrix_products(params, x):
     return x @ feed_forward["w1"] @ feed_forward["w2"]
 
 
-def flax_layer(rng, x):
+def flax_layer(rng, x, d_model, heads, d_ff):
     """(params, function) of the same layer in Flax."""
     from flax import linen
 
     class Layer(linen.Module):
         @linen.compact
         def __call__(self, x):
-            attention = linen.MultiHeadDotProductAttention(HEADS, use_bias=False)
+            attention = linen.MultiHeadDotProductAttention(heads, use_bias=False)
             x = linen.LayerNorm(epsilon=1e-5)(x + attention(x, x))
-            hidden = linen.relu(linen.Dense(D_FF)(x))
-            return linen.LayerNorm(epsilon=1e-5)(x + linen.Dense(D_MODEL)(hidden))
+            hidden = linen.relu(linen.Dense(d_ff)(x))
+            return linen.LayerNorm(epsilon=1e-5)(x + linen.Dense(d_model)(hidden))
 
     return jax.jit(Layer().init)(rng, x), Layer().apply
 
 
-def equinox_layer(rng, x):
+def equinox_layer(rng, x, d_model, heads, d_ff):
     """(params, function) of the same layer in Equinox."""
     import equinox as eqx
 
     rngs = jax.random.split(rng, 3)
     params = {
-        "attention": eqx.nn.MultiheadAttention(HEADS, D_MODEL, key=rngs[0]),
-        "norms": [eqx.nn.LayerNorm(D_MODEL, eps=1e-5) for _ in range(2)],
-        "linear": [eqx.nn.Linear(D_MODEL, D_FF, key=rngs[1]), eqx.nn.Linear(D_FF, D_MODEL, key=rngs[2])],
+        "attention": eqx.nn.MultiheadAttention(heads, d_model, key=rngs[0]),
+        "norms": [eqx.nn.LayerNorm(d_model, eps=1e-5) for _ in range(2)],
+        "linear": [eqx.nn.Linear(d_model, d_ff, key=rngs[1]), eqx.nn.Linear(d_ff, d_model, key=rngs[2])],
     }
     arrays, static = eqx.partition(params, eqx.is_array)
 
@@ -172,72 +221,58 @@ def equinox_layer(rng, x):
     return arrays, lambda arrays, x: jax.vmap(lambda x: one(eqx.combine(arrays, static), x))(x)
 
 
-def haiku_layer(rng, x):
+def haiku_layer(rng, x, d_model, heads, d_ff):
     """(params, function) of the same layer in Haiku."""
     import haiku as hk
 
     def layer(x):
         attention = hk.MultiHeadAttention(
-            HEADS, D_MODEL // HEADS, w_init=hk.initializers.VarianceScaling(), with_bias=False
+            heads, d_model // heads, w_init=hk.initializers.VarianceScaling(), with_bias=False
         )
         x = hk.LayerNorm(-1, True, True)(x + attention(x, x, x))
-        hidden = jax.nn.relu(hk.Linear(D_FF)(x))
-        return hk.LayerNorm(-1, True, True)(x + hk.Linear(D_MODEL)(hidden))
+        hidden = jax.nn.relu(hk.Linear(d_ff)(x))
+        return hk.LayerNorm(-1, True, True)(x + hk.Linear(d_model)(hidden))
 
     transformed = hk.without_apply_rng(hk.transform(layer))
     return jax.jit(transformed.init)(rng, x), transformed.apply
 
 
-def torch_layer(x, kind):
+def torch_layer(kind, x, d_model, heads, d_ff):
     """PyTorch's own encoder layer, in training mode without dropout."""
     import torch
 
-    layer = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, D_FF, dropout=0.0, batch_first=True)
     x = torch.from_dlpack(x).clone()
-    if kind == "forward":
-
-        def forward():
-            with torch.no_grad():
-                return layer(x).numpy()
-
-        return forward
-    parameters = list(layer.parameters())
-    return lambda: [g.numpy() for g in torch.autograd.grad(torch.sum(layer(x) ** 2), parameters)]
+    options = {"dropout": 0.0, "batch_first": True, "device": x.device, "dtype": x.dtype}
+    layer = torch.nn.TransformerEncoderLayer(d_model, heads, d_ff, **options)
+    return torch_contestant(kind, functools.partial(layer, x), list(layer.parameters()))
 
 
-def layer_table(batch, length, rounds):
-    """The encoder layer of the base model, forward and gradient with respect to its parameters, and its peers."""
-    rng = jax.random.key(0)
-    x = jax.random.normal(rng, (batch, length, D_MODEL))
-    params = jax.jit(init_encoder_layer, static_argnums=(1, 2, 3))(rng, D_MODEL, HEADS, D_FF)
+def layer_table(model, batch, length, dtype, rounds):
+    """The encoder layer of a model, forward and gradient with respect to its parameters, and its peers."""
+    rng, sizes = jax.random.key(0), MODELS[model]
+    x = jax.random.normal(rng, (batch, length, sizes[0]), dtype)
+    params = jax.jit(init_encoder_layer, static_argnums=(1, 2, 3))(rng, *sizes)
     layers = {"its matrix products": (params, matrix_products), "encoder_layer": (params, encoder_layer)}
-    for package, module, build in (
-        ("flax", "flax", flax_layer),
-        ("equinox", "equinox", equinox_layer),
-        ("dm-haiku", "haiku", haiku_layer),
-    ):
-        if importlib.util.find_spec(module):
-            layers[package] = build(rng, x)
+    if CUDA and dtype == "bfloat16":
+        layers["encoder_layer, cuDNN"] = params, functools.partial(encoder_layer, attention=cudnn_attention)
+    for package, build in (("flax", flax_layer), ("equinox", equinox_layer), ("dm-haiku", haiku_layer)):
+        if joins(package):
+            layers[package] = build(rng, x, *sizes)
     rows = {}
     for kind in ("forward", "gradient"):
         contestants = {}
         for name, (parameters, function) in layers.items():
-
-            def loss(parameters, x, function=function):
-                return jnp.square(function(parameters, x)).sum()
-
             progress(f"layer, {kind}: compiling {name}")
-            traced = jax.value_and_grad(loss) if kind == "gradient" else function
-            compiled = jax.jit(traced).lower(parameters, x).compile()
-            contestants[name] = functools.partial(compiled, parameters, x)
-        if importlib.util.find_spec("torch"):
-            contestants["torch"] = torch_layer(x, kind)
+            parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+            contestants[name], _ = compiled(kind, function, (parameters, x))
+        if joins("torch"):
+            contestants["torch"] = torch_layer(kind, x, *sizes)
         times = race(f"layer, {kind}", contestants, rounds)
         bare = times["its matrix products"][0]
         for name, figures in times.items():
-            rows.setdefault(name, [name]).extend([f"{milliseconds(*figures)} ms", f"{bare / figures[0]:.2f}"])
-    header = [f"the layer of the base model, {batch} x {length} positions"]
-    table([*header, "forward", "products / time", "gradient", "products / time"], rows.values())
+            rows.setdefault(name, [name]).extend([milliseconds(*figures), f"{bare / figures[0]:.2f}"])
+    header = f"the layer of the {model} model, {batch} x {length:,} positions, {dtype}"
+    table([header, "forward", "products / time", "gradient", "products / time"], rows.values())
 
 
 # ---- Compilation over the depth --------------------------------------------------------------------------------------
@@ -253,8 +288,8 @@ def depth_table(depths):
 
     def seconds(function, depth):
         progress(f"compiling {depth} layers")
-        params = jax.eval_shape(lambda: init_encoder(jax.random.key(0), depth, D_MODEL, HEADS, D_FF))
-        x = jax.ShapeDtypeStruct((8, 128, D_MODEL), jnp.float32)
+        params = jax.eval_shape(lambda: init_encoder(jax.random.key(0), depth, *MODELS["base"]))
+        x = jax.ShapeDtypeStruct((8, 128, MODELS["base"][0]), jnp.float32)
         start = time.perf_counter()
         # A new function each time, so that JAX does not find the compiled one in its cache.
         jax.jit(lambda params, x: function(params, x)).lower(params, x).compile()
@@ -274,17 +309,26 @@ def main():
     parser = argparse.ArgumentParser(description="Print the benchmark's tables in Markdown.")
     parser.add_argument("--quick", action="store_true", help="small sizes and one round, to see that it works")
     quick = parser.parse_args().quick
-    packages = [name for name in ("jax", "jaxlib", *PEERS) if importlib.util.find_spec(name.removeprefix("dm-"))]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    print(f"On {jax.devices()[0].device_kind} ({os.cpu_count()} cores), Python {sys.version.split()[0]}, {versions}.")
+    versions = ["jax", "jaxlib", *(package for package in PEERS if joins(package))]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
+    device = f"{DEVICE.device_kind} ({os.cpu_count()} cores)" if CPU else DEVICE.device_kind
+    print(f"On {device}, Python {sys.version.split()[0]}, {versions}.")
     print("Medians of runs in turn, ± half the range.")
+    dtypes = "float32", "bfloat16"
     if quick:
-        attention_table([64], [1])
-        layer_table(1, 8, 1)
+        for dtype in dtypes:
+            attention_table([(1, 64, 1)], dtype)
+            layer_table("base", 1, 64, dtype, 1)
         depth_table([1, 2])
+    elif CPU:
+        attention_table([(1, 512, 9), (1, 1024, 5), (1, 4096, 2), (1, 8192, 1)], "float32")
+        layer_table("base", 8, 128, "float32", 9)
+        depth_table([6, 48])
     else:
-        attention_table([512, 1024, 2048, 4096, 8192], [9, 7, 5, 5, 1])
-        layer_table(8, 128, 15)
+        for dtype in dtypes:
+            attention_table([(8, 2048, 5), (4, 4096, 5), (2, 8192, 5), (1, 16384, 5)], dtype)
+        layer_table("base", 64, 128, "float32", 9)
+        layer_table("big", 16, 1024, "bfloat16", 9)
         depth_table([6, 48])
 
 

@@ -13,7 +13,10 @@ try:
 except ImportError:  # its place in older versions of JAX
     from jax.experimental import enable_x64
 
-__all__ = ["EARLY", "arrays", "early", "enable_x64", "random_params"]
+__all__ = ["EARLY", "arrays", "early", "enable_x64", "many_devices", "random_params"]
+
+# A mark for tests that need the 8 virtual devices of the CPU that conftest.py asks for.
+many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="XLA_FLAGS asks for fewer than 8 CPU devices")
 
 EARLY = {}  # what begins, by the name of its fixture
 WORKER = ThreadPoolExecutor(max_workers=1)  # beside the tests, one program at a time fills two cores

@@ -52,8 +52,8 @@ def cases():
             lambda p, x, m: tl.decoder(p, x, m, memory_mask=mask),
             (PARAMS(tl.init_decoder, 2, D, H, F), x, memory),
         ),
-        # An encoder, with embedding and positions before it: the gradient with respect to its input is the embedding's.
-        "model": (lambda p: main.model(p, tokens, causal=True), (PARAMS(main.init_model, 5, 2, D, H, F),)),
+        # Encoder and decoder; the embedding's gradient comes from both their inputs and from the logits.
+        "loss": (lambda p: main.loss(p, tokens, tokens[::-1]), (PARAMS(main.init_model, 5, 2, D, H, F),)),
     }
 
 

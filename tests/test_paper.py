@@ -1,7 +1,7 @@
 """The claims of "Attention Is All You Need" (arXiv 1706.03762), one test each, in the order of the paper.
 
-The first line of each docstring is a row of the table in README. What a claim is checked against is written here in
-NumPy, from the paper's text alone. A tolerance without a remark is a few roundings of float32, which are 1e-7 each.
+`python -m pytest tests/test_paper.py -v` lists them. What a claim is checked against is written here in NumPy, from the
+paper's text alone. A tolerance without a remark is a few roundings of float32, which are 1e-7 each.
 """
 
 import functools
@@ -165,6 +165,21 @@ def test_3_1_layer_norm_gives_each_position_mean_0_and_variance_1():
     np.testing.assert_allclose(normal.var(axis=-1), 1, rtol=2e-6)
 
 
+def test_3_1_a_prediction_depends_on_known_outputs_only():
+    """Section 3.1: the output embeddings are offset by one position: predictions for i depend on outputs before i."""
+    np.testing.assert_array_equal(main.shift_right(TOKENS), [main.START, *TOKENS[:-1]])
+    params, target = random_params(main.init_model, SYMBOLS, *SIZES), TOKENS[:5]
+
+    @jax.jit
+    def predict(params, target):
+        return main.model(params, TOKENS, main.shift_right(target))
+
+    for i in range(len(target)):
+        changed = np.where(np.arange(len(target)) == i, 10, target)
+        differs = (np.asarray(predict(params, changed)) != np.asarray(predict(params, target))).any(axis=-1)
+        np.testing.assert_array_equal(differs, np.arange(len(target)) > i)
+
+
 # ---- Section 3.2.1: scaled dot-product attention ---------------------------------------------------------------------
 
 
@@ -294,12 +309,15 @@ def test_3_3_feed_forward_is_applied_to_each_position_separately_and_identically
 def test_3_4_embedding_and_softmax_share_one_matrix_times_sqrt_d_model():
     """Section 3.4: embedding and pre-softmax transformation share one matrix; the embedding is times sqrt(d_model)."""
     params = random_params(main.init_model, SYMBOLS, *SIZES)
-    assert set(params) == {"embedding", "encoder"}
+    assert set(params) == {"embedding", "encoder", "decoder"}
     p = in_float64(params)
-    x = p["embedding"][TOKENS] * math.sqrt(D_MODEL) + positional_encoding(len(TOKENS), D_MODEL)
-    np.testing.assert_allclose(jax.jit(main.embed)(params, TOKENS), x, rtol=1e-6, atol=1e-6)
-    logits = encoder(p["encoder"], x) @ p["embedding"].T
-    np.testing.assert_allclose(jax.jit(main.model)(params, TOKENS), logits, rtol=1e-6, atol=2e-6)
+    source, target = (
+        p["embedding"][tokens] * math.sqrt(D_MODEL) + positional_encoding(len(tokens), D_MODEL)
+        for tokens in (TOKENS, TOKENS[:5])
+    )
+    np.testing.assert_allclose(jax.jit(main.embed)(params, TOKENS), source, rtol=1e-6, atol=1e-6)
+    logits = decoder(p["decoder"], target, encoder(p["encoder"], source)) @ p["embedding"].T
+    np.testing.assert_allclose(jax.jit(main.model)(params, TOKENS, TOKENS[:5]), logits, rtol=1e-6, atol=5e-6)
 
 
 # ---- Section 3.5: positional encoding --------------------------------------------------------------------------------
@@ -374,6 +392,20 @@ def test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root(
     np.testing.assert_allclose(rates[warmup:], rates.max() * np.sqrt(warmup / steps[warmup:]), rtol=2e-7)
 
 
+def test_5_3_adam_is_its_algorithm():
+    """Section 5.3: Adam with beta_1 = 0.9, beta_2 = 0.98 and epsilon = 1e-9, five steps against a loop in float64."""
+    generator = np.random.default_rng(0)
+    gradients, parameter = generator.standard_normal((5, 3)), generator.standard_normal(3)
+    expected, mean, square = parameter, 0, 0
+    params, adam = {"x": parameter.astype(np.float32)}, jax.jit(main.adam)
+    moments = main.init_adam(params)
+    for t, gradient in enumerate(gradients, start=1):
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.98 * square + 0.02 * gradient**2
+        expected = expected - 0.1 * (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.98**t)) + 1e-9)
+        params, moments = adam(params, moments, {"x": gradient.astype(np.float32)}, t, 0.1)
+    np.testing.assert_allclose(params["x"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_5_4_dropout_drops_its_share_and_keeps_the_mean(rate):
     """Section 5.4: dropout drops the share P_drop of the elements; scaling up the others keeps the mean."""
@@ -413,6 +445,31 @@ def test_5_4_without_a_key_there_is_no_dropout():
     assert program(None, 0.5) == program(None, 0.1)
 
 
+def test_5_4_label_smoothing_gives_a_tenth_to_all_symbols():
+    """Section 5.4: label smoothing of 0.1 asks for the wanted token with 0.9 and spreads 0.1 over all symbols."""
+    params = random_params(main.init_model, SYMBOLS, *SIZES)
+    source, target = TOKENS, TOKENS[::-1].copy()
+    logits = np.asarray(jax.jit(main.model)(params, source, np.array([0, *target[:-1]])), np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    wanted = np.full((len(target), SYMBOLS), 0.1 / SYMBOLS)
+    for i, token in enumerate(target):
+        wanted[i, token] += 0.9
+    cross_entropy = -(wanted * log_probabilities).sum(axis=-1).mean()
+    np.testing.assert_allclose(jax.jit(main.loss)(params, source, target), cross_entropy, rtol=1e-6)
+
+
+# ---- Section 6: results ----------------------------------------------------------------------------------------------
+
+
+def test_6_1_the_last_parameters_are_averaged():
+    """Section 6.1: the model that is used is the mean of the last checkpoints."""
+    checkpoints = arrays((7, 3))[0]
+    mean, average = np.zeros(3, np.float32), jax.jit(main.average)
+    for count, params in enumerate(checkpoints, start=1):
+        mean = average(mean, params, count)
+    np.testing.assert_allclose(mean, checkpoints.mean(axis=0), rtol=1e-5)
+
+
 # ---- Section 6.2: model variations -----------------------------------------------------------------------------------
 
 
@@ -426,9 +483,7 @@ def test_6_2_table_3_number_of_parameters(d_model, heads, d_ff, in_the_paper, ex
 
     Six encoder layers, six decoder layers and one embedding of 37,000 symbols, of which nothing is allocated.
     """
-    rng = jax.random.key(0)
-    model = jax.eval_shape(lambda: main.init_model(rng, 37_000, 6, d_model, heads, d_ff))
-    decoder = jax.eval_shape(lambda: tl.init_decoder(rng, 6, d_model, heads, d_ff))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves((model, decoder)))
+    model = jax.eval_shape(lambda: main.init_model(jax.random.key(0), 37_000, 6, d_model, heads, d_ff))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert parameters == expected
     assert parameters == pytest.approx(in_the_paper, rel=0.04)  # of "about 37000" symbols, and rounded

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import transformer_layer as tl
 from attention import attention_weights, flash_attention, padding_mask, scaled_dot_product_attention
-from common import arrays, enable_x64, random_params
+from common import arrays, enable_x64, many_devices, random_params
 
 LAYERS, D, H, F, N, M = 2, 8, 2, 12, 5, 6
 ENCODER = random_params(tl.init_encoder, LAYERS, D, H, F, seed=1)
@@ -112,7 +112,6 @@ def on_a_mesh(function, kind, spec, *inputs):
         return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))(*placed)
 
 
-many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="XLA_FLAGS asks for fewer than 8 devices")
 newer_jax = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no jax.set_mesh")
 
 

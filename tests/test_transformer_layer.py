@@ -221,15 +221,15 @@ X = jnp.zeros((2, N, D))
         (ValueError, "num_layers must be at least 1, got 0", lambda p: tl.init_encoder(RNG, 0, 12, 3, 8)),
         (
             ValueError,
-            r"x must end in the axes \(n d\) with d = 12, got shape \(2, 5, 7\)",
+            r"query must end in the axes \(n d\) with d = 12, got shape \(2, 5, 7\)",
             lambda p: tl.encoder_layer(p["encoder_layer"], X[..., :7]),
         ),
         (
             ValueError,
-            r"x must end in the axes \(n d\) with d = 12, got shape \(12,\)",
+            r"query must end in the axes \(n d\) with d = 12, got shape \(12,\)",
             lambda p: tl.encoder_layer(p["encoder_layer"], X[0, 0]),
         ),
-        (ValueError, r"memory must end in the axes \(m d\)", lambda p: tl.decoder(p["decoder"], X, X[..., :7])),
+        (ValueError, r"key must end in the axes \(m d\)", lambda p: tl.decoder(p["decoder"], X, X[..., :7])),
         (
             ValueError,
             "leading axes of memory must broadcast to those of x",
@@ -245,10 +245,10 @@ X = jnp.zeros((2, N, D))
             "key and value must have the same length m, got 5 and 4",
             lambda p: tl.multi_head_attention(p["multi_head_attention"], X, X, X[:, :4]),
         ),
-        (TypeError, "x must be floating point, got int32", lambda p: tl.encoder(p["encoder"], X.astype(int))),
+        (TypeError, "query must be floating point, got int32", lambda p: tl.encoder(p["encoder"], X.astype(int))),
         (
             TypeError,
-            "memory must be floating point, got int32",
+            "key must be floating point, got int32",
             lambda p: tl.decoder_layer(p["decoder_layer"], X, X.astype(int)),
         ),
         (TypeError, "mask must be boolean", lambda p: tl.encoder(p["encoder"], X, jnp.ones((N, N)))),
@@ -259,7 +259,7 @@ X = jnp.zeros((2, N, D))
         ),
         (
             ValueError,
-            r"the weight applied to x must have the axes \(d h k\), got shape \(3, 12, 3, 4\) \(one axis more is",
+            r"the weight applied to query must have the axes \(d h k\), got shape \(3, 12, 3, 4\) \(one axis more is",
             lambda p: tl.encoder_layer(p["encoder"], X),
         ),
         (ValueError, "a stack needs parameters with a leading layer axis", lambda p: tl.encoder(p["encoder_layer"], X)),
