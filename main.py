@@ -246,6 +246,11 @@ def random_strings(generator, batch_size, length):
     return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
 
 
+def task(strings):
+    """What the model learns to write: the strings backwards. Tokens (..., n) -> (..., n)."""
+    return strings[..., ::-1]
+
+
 def as_text(tokens):
     """Tokens (n,) -> the string of their symbols."""
     return "".join(SYMBOLS[token] for token in tokens)
@@ -317,8 +322,9 @@ def main():
     def place(tokens):
         return jax.make_array_from_callback(tokens.shape, rows, lambda part: tokens[part])
 
-    source, target = place(held_out), place(held_out[:, ::-1])
-    params, moments = jax.jit(init, out_shardings=places)()
+    source, target = place(held_out), place(task(held_out))
+    once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
+    params, moments = jax.jit(init, out_shardings=places, compiler_options=once)()
     show_parameters(params)
     show_forward_pass(params, source, target)
 
@@ -328,19 +334,19 @@ def main():
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, arguments.batch_size, len(text))
-        params, moments, value = one_step(params, moments, step, place(strings), place(strings[:, ::-1]))
+        params, moments, value = one_step(params, moments, step, place(strings), place(task(strings)))
         if step > steps - AVERAGED_STEPS:
             mean = update_mean(mean, params, step - max(steps - AVERAGED_STEPS, 0))
         if step * 6 // steps > (step - 1) * 6 // steps:
             written = np.asarray(write(params, source))
-            right = (written == held_out[:, ::-1]).mean()
+            right = (written == task(held_out)).mean()
             print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)
 
     print("\n4. Result: a text that the model never saw\n")
     counts = []
     for candidate in (params, mean):
         written = np.asarray(write(candidate, source))
-        counts.append((written == held_out[:, ::-1]).all(axis=1).sum())
+        counts.append((written == task(held_out)).all(axis=1).sum())
     print(f"read     {text}\nwritten  {as_text(written[0])}")
     print(f"of {len(held_out)} strings, right to the letter: last parameters {counts[0]}, their mean {counts[1]}")
 
@@ -349,7 +355,9 @@ def main():
     look = jax.jit(cross_attention, out_shardings=whole)
     before, after = (np.asarray(look(candidate, source, target))[0] for candidate in (untrained, mean))
     for head in range(arguments.num_heads):
-        for lines in zip(*(heat_map(weights[head], text[::-1], text) for weights in (before, after)), strict=True):
+        for lines in zip(
+            *(heat_map(weights[head], as_text(task(held_out[0])), text) for weights in (before, after)), strict=True
+        ):
             print("    ".join(lines).rstrip())
 
 

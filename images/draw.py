@@ -1,4 +1,4 @@
-"""The pictures of README. Needs matplotlib, which nothing else here does: `pip install matplotlib`.
+"""The pictures of README. They need two packages that nothing else here does: `pip install matplotlib pillow`.
 
     python images/draw.py
 
@@ -14,7 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
 
 IMAGES = Path(__file__).parent
 sys.path.insert(0, str(IMAGES.parent))
@@ -174,44 +177,71 @@ def transformer_layer():
 
 
 def learned_attention():
-    """`python main.py "attention is all you need" --length 25`: weights before, amid and after, and the curve."""
-    text, steps, batch = "attention is all you need", 300, 64
-    length = len(text)
-    rng_params, rng_train = jax.random.split(jax.random.key(0))
-    params = main.init_model(rng_params, len(main.SYMBOLS), 1, 64, 1, 128)
-    state = params, main.init_adam(params)
-    train = jax.jit(main.train, static_argnames="shape")
-    weights = jax.jit(main.last_layer_attention)
-    held_out = jax.random.randint(jax.random.key(1), (256, length), 0, len(main.SYMBOLS))
-    correct = jax.jit(lambda params: (main.model(params, held_out).argmax(-1) == held_out[:, ::-1]).mean())
-    tokens, pictures, curve = main.encode([text])[0], {}, []
-    for step in range(0, steps + 1, 10):
-        if step:
-            *state, _ = train(*state, rng_train, (step - 9, step + 1), shape=(batch, length))
-        curve.append((step, float(correct(state[0]))))
-        if step in (0, 100, steps):
-            pictures[step] = weights(state[0], tokens)[0]
+    """`python main.py` as a film: what the decoder reads and writes, and how much of it is right, while it learns."""
+    text, batch_size, steps = "attention is all you need", 32, 300  # all numbers are those of main.py
+    length, monospaced = len(text), "DejaVu Sans Mono"
+    generator = np.random.default_rng(0)
+    source = main.random_strings(generator, batch_size, length)
+    source[0] = [main.SYMBOLS.index(symbol) for symbol in text]
+    target = source[:, ::-1]
+    params = jax.jit(lambda: main.init_model(jax.random.key(0), len(main.SYMBOLS), 1, 64, 1, 128))()
+    moments = main.init_adam(params)
+    train_step, write, look = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.cross_attention)
 
-    figure, axes = plt.subplots(2, 2, figsize=(8, 7.9), layout="constrained")
-    for (step, picture), ax in zip(pictures.items(), axes.flat, strict=False):
-        ax.imshow(picture, cmap="Blues", vmin=0)
-        title = "before training" if step == 0 else f"after {step} steps"
-        ax.set_title(title, weight="bold", size=11)
-        ax.set_xticks(range(length), text, family="DejaVu Sans Mono", size=9)
-        ax.set_yticks(range(length), text, family="DejaVu Sans Mono", size=9)
-        ax.tick_params(length=0, pad=2)
-        ax.set_xlabel("key: what is looked at")
-        ax.set_ylabel("query: the position that looks")
-    ax = axes.flat[3]
-    ax.plot(*zip(*curve, strict=True), color=BLUE, linewidth=2)
-    for step in pictures:
-        ax.plot(step, dict(curve)[step], "o", color=ORANGE, markersize=7)
-    ax.set_title("it learns to write backwards", weight="bold", size=11)
-    ax.set(xlabel="training steps", ylabel="symbols right, of strings it never saw", ylim=(-0.03, 1.03), box_aspect=1)
-    ax.yaxis.set_major_formatter("{x:.0%}")
-    ax.grid(color=LIGHT[GREY])
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(IMAGES / "learned_attention.png")
+    height = 6.2
+    figure, axes = canvas(height)
+    title = axes.text(4, height - 0.38, "", ha="center", family=monospaced, weight="bold", size=14)
+    for y, word, colour in ((height - 0.75, "reads", GREY), (height - 1.18, "writes", BLUE)):
+        axes.text(0.2, y, word, va="center", size=13)
+        tiles = []  # in the end those of the lower row, which changes
+        for i, symbol in enumerate(text):
+            x = 1.4 + 0.26 * i
+            tile = axes.add_patch(Rectangle((x - 0.12, y - 0.18), 0.24, 0.36, facecolor=LIGHT[colour]))
+            tiles.append((tile, axes.text(x, y - 0.06, symbol, ha="center", family=monospaced, size=16)))
+    axes.text(2.38, 4.58, "what the decoder attends to", ha="center", weight="bold", size=11)
+    axes.text(6.37, 4.58, "symbols right in unseen texts", ha="center", weight="bold", size=11)
+    axes.text(2.38, 0.12, "row: symbol to write, column: symbol that is read", ha="center", size=10)
+    axes.text(6.37, 0.12, "training steps", ha="center", size=10)
+
+    left = figure.add_axes((0.38 / 8, 0.35 / height, 4 / 8, 4 / height))
+    image = left.imshow(np.zeros((length, length)), cmap="Blues")
+    left.set_xticks(range(length), text, family=monospaced, size=9)
+    left.set_yticks(range(length), text[::-1], family=monospaced, size=9)
+    left.tick_params(length=0, pad=2, top=True, labeltop=True, labelbottom=False)
+    right = figure.add_axes((5.06 / 8, 0.6 / height, 2.7 / 8, 3.75 / height))
+    (line,) = right.plot([], [], "o-", color=BLUE, linewidth=2, markersize=7, markevery=[-1], clip_on=False)
+    right.set(xlim=(0, steps), ylim=(0, 1))
+    right.yaxis.set_major_formatter("{x:.0%}")
+    right.grid(color=LIGHT[GREY])
+    right.spines[["top", "right"]].set_visible(False)
+
+    curve, frames = [], []
+    for step in range(steps + 1):
+        if step:
+            strings = main.random_strings(generator, batch_size, length)
+            params, moments, _ = train_step(params, moments, step, strings, strings[:, ::-1])
+        if step % 6 == 0:
+            written = np.asarray(write(params, source))
+            curve.append((step, (written == target).mean()))
+            line.set_data(*zip(*curve, strict=True))
+            weights = np.asarray(look(params, source, target))[0, 0]
+            image.set(data=weights, clim=(0, weights.max()))  # the largest weight is darkest, as in main.py
+            title.set_text(f"step {step:>3} of {steps}")
+            for (tile, letter), symbol, wanted in zip(tiles, main.as_text(written[0]), text[::-1], strict=True):
+                colour = BLUE if symbol == wanted else ORANGE
+                tile.set_facecolor(LIGHT[colour])
+                letter.set(text=symbol, color=colour)
+            figure.canvas.draw()
+            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+    # One palette for all frames, so that the file holds only what changes: the blues, and each ink on its ground.
+    inks = ("white", INK), ("white", BLUE), (LIGHT[GREY], INK), (LIGHT[BLUE], BLUE), (LIGHT[ORANGE], ORANGE)
+    maps = plt.get_cmap("Blues", 64), *(LinearSegmentedColormap.from_list("", ink, 16) for ink in inks)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.concatenate([shades(np.arange(shades.N), bytes=True)[:, :3] for shades in maps]).tobytes())
+    first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    milliseconds = [120] * len(others) + [4000]
+    path = IMAGES / "learned_attention.gif"
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def jax_nn(query, key, value, causal):

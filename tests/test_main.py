@@ -127,7 +127,7 @@ def default_run():
     done = subprocess.run(
         [*PROGRAM, TEXT], capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

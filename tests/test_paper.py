@@ -112,9 +112,10 @@ def positional_encoding(length, d_model):
 def flops(function, *inputs):
     """The floating-point operations that XLA counts in the function; the inputs need no more than shapes.
 
-    In the program as it is written, before XLA optimizes it for the machine at hand: the same number everywhere.
+    In the program as it is written for a CPU, before XLA optimizes it for the machine at hand.
     """
-    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
 
 
 def shape(*sizes):

@@ -1,17 +1,23 @@
 """README.md: its commands run, its code runs, and what it says of the source and the tests is so."""
 
 import ast
+import functools
+import itertools
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import main
 import test_paper
-from transformer_layer import init_encoder_layer
+from attention import causal_mask, padding_mask, scaled_dot_product_attention
+from common import arrays, random_params
+from transformer_layer import encoder_layer, init_encoder_layer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,15 +27,14 @@ COMMANDS = re.findall(r"`(python [^`]+)`", README) + re.findall(
 )
 
 
-def test_the_table_of_the_papers_claims():
-    """README's table of claims has a row for each test of test_paper.py, in order: its docstring's first line."""
-    expected = ["| claim | section | test |", "| --- | --- | --- |"]
-    for name, function in vars(test_paper).items():
-        if name.startswith("test_"):
-            section, claim = function.__doc__.splitlines()[0].split(": ", maxsplit=1)
-            expected.append(f"| {claim.removesuffix('.')} | {section.removeprefix('Section ')} | `{name}` |")
-    section = README.split("\n## The paper's claims and their tests\n")[1].split("\n## ")[0]
-    assert [line for line in section.splitlines() if line.startswith("|")] == expected
+def test_the_claims_that_readme_names():
+    """README's five claims are those of tests in test_paper.py: the first lines of their docstrings."""
+    docstrings = [function.__doc__ for name, function in vars(test_paper).items() if name.startswith("test_")]
+    claims = [re.sub(r"^Section |, (Equation|Table|footnote) \d", "", text.splitlines()[0]) for text in docstrings]
+    named = re.findall(r"^- (\d\.[\d.]*: .*)$", README, re.MULTILINE)
+    assert len(named) == 5
+    for claim in named:
+        assert f"{claim}." in claims
 
 
 def test_links_lead_to_their_lines():
@@ -42,15 +47,32 @@ def test_links_lead_to_their_lines():
         assert (ROOT / target).is_file(), target
 
 
-def test_the_examples_of_jax_run():
-    """The Python blocks run one after the other, each of at most five lines and those that import."""
-    names = {}
-    blocks = [text for kind, text in BLOCKS if kind == "python"]
-    assert len(blocks) == 5
+def python_blocks():
+    """The names that the Python blocks define, run one after the other; cuDNN's kernel is XLA's where there is none."""
+    names, blocks = {}, [text for kind, text in BLOCKS if kind == "python"]
+    assert len(blocks) == 6
     for text in blocks:
-        lines = [line for line in text.splitlines() if not line.startswith(("#", "import ", "from "))]
-        assert len(lines) <= 5
-        exec(text, names)
+        exec(text if jax.default_backend() == "gpu" else text.replace('"cudnn"', "None"), names)
+    return names
+
+
+def test_the_python_blocks_run():
+    """The blocks on JAX run, and the adapter of "On a GPU" gives the plain function's numbers, alone and in a layer."""
+    attend = python_blocks()["cudnn_attention"]
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    tolerance = 2e-6 if dtype == jnp.float32 else 0.05
+    inputs = arrays((2, 3, 8, 16), (2, 3, 8, 16), (2, 3, 8, 16), dtype=dtype)
+    masks = None, padding_mask(jnp.array([5, 8]), 8), causal_mask(8)
+    for mask, causal in itertools.product(masks, (False, True)):
+        output, expected = (
+            jax.jit(functools.partial(function, causal=causal))(*inputs, mask)
+            for function in (attend, scaled_dot_product_attention)
+        )
+        np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=tolerance)
+    layer = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(init_encoder_layer, 48, 3, 8))
+    x = arrays((2, 8, 48), dtype=dtype)[0]
+    output, expected = encoder_layer(layer, x, masks[1], attention=attend), encoder_layer(layer, x, masks[1])
+    np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=5 * tolerance)
 
 
 def test_the_parameters_as_a_tree():
@@ -69,7 +91,9 @@ def test_commands_are_understood(monkeypatch, command):
 
     The runs themselves are tested in test_main.py, test_scale.py and test_benchmark.py, the first two by CI.
     """
-    _, script, *arguments = shlex.split(command.replace("$i", "0"))
+    script, *arguments = shlex.split(command.replace("NAME", "rotary").removeprefix("python "))
+    if script == "-m":  # pytest
+        script, arguments = next((word for word in arguments if word.startswith("tests/")), "tests/conftest.py"), []
     assert (ROOT / script).is_file()
     if script == "main.py" and arguments != ["--help"]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
