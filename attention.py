@@ -42,7 +42,8 @@ def attention_weights(query, key, mask=None, *, causal=False):
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
     A key that the mask hides gets the weight 0. A query that may attend to nothing gets a row of zeros.
-    `causal=True` adds `causal_mask`, and needs n = m.
+    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. Said by the flag instead of a mask, it lets
+    `flash_attention` leave out what lies in the future.
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """

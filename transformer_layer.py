@@ -8,9 +8,11 @@ it. The shapes of the arrays are the configuration. The axes, in shapes and eins
     m    key and value positions       k  per-head depth d_k = d_model / h of queries and keys
     f    d_ff, the inner width         v  per-head depth d_v of values, here equal to d_k
 
-The results have the dtype of their input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `causal`
-and `attention` are static arguments. What does not fit raises when the function is traced: ValueError for shapes and
-values, TypeError for dtypes.
+The results have the dtype of their input x (or query), whatever the dtype of the parameters.
+
+`jax.jit` first runs a function on shapes alone; that is called tracing. What an `if` or a call depends on must be known
+by then. It is a static argument, as in `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. What does not
+fit raises while tracing: ValueError for shapes and values, TypeError for dtypes.
 """
 
 import functools
@@ -242,7 +244,8 @@ def _scan_layers(layer, params, x, dropout_rng):
 
     `jax.lax.scan(step, x, inputs)` is that loop, compiled once whatever the number of layers. It calls step with the x
     so far and with the next layer's slice of the inputs, a tree of arrays that all have a leading layer axis. step
-    returns the next x, and an output of its own that scan would stack. There is none, hence the two `None`s.
+    returns the next x, and an output of its own that scan would stack; here there is none. Without dropout the random
+    keys are None: a tree without arrays, of which each slice is None too.
     """
     scale = params["feed_forward_norm"]["scale"]
     if scale.ndim != 2:
@@ -251,9 +254,9 @@ def _scan_layers(layer, params, x, dropout_rng):
 
     def step(x, inputs):
         layer_params, layer_rng = inputs
-        return layer(layer_params, x, dropout_rng=layer_rng), None
+        return layer(layer_params, x, dropout_rng=layer_rng), None  # no output of its own
 
-    x, _ = jax.lax.scan(step, x, (params, rngs))
+    x, _ = jax.lax.scan(step, x, (params, rngs))  # _ would be the outputs, stacked
     return x
 
 

@@ -321,7 +321,7 @@ def main():
             layer_table("base", 1, 64, dtype, 1)
         depth_table([1, 2])
     elif CPU:
-        attention_table([(1, 512, 9), (1, 1024, 5), (1, 4096, 2), (1, 8192, 1)], "float32")
+        attention_table([(1, 512, 9), (1, 1024, 5), (1, 4096, 3), (1, 8192, 1)], "float32")
         layer_table("base", 8, 128, "float32", 9)
         depth_table([6, 48])
     else:
