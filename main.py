@@ -299,7 +299,7 @@ def main():
             refuse("--distributed needs a launcher that JAX knows, such as mpirun or srun")
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - process 0 alone prints
-    text, steps, mesh = arguments.text, arguments.steps, make_mesh(arguments)
+    text, steps = arguments.text, arguments.steps
     generator = np.random.default_rng(arguments.seed)
     held_out = random_strings(generator, arguments.batch_size, len(text))
     held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
@@ -315,6 +315,7 @@ def main():
     except ValueError as error:  # sizes that do not fit together: nothing was computed yet
         refuse(error)
 
+    mesh = make_mesh(arguments)
     # Where arrays lie: the state as `partition_specs` says, a batch by rows, what is shown whole on every device.
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
