@@ -46,17 +46,24 @@ def test_gpt_continues_the_title_of_the_paper():
 
 
 def test_rotary_makes_scores_depend_on_the_distance():
-    """attention.rotary(x, start=0) turns x (..., n, k), whose first position is `start`; for query and key alike."""
-    query, key = arrays((5, 8), (5, 8))
+    """attention.rotary(x, start=0) turns x (..., n, k), whose first position is `start`; for query and key alike.
+
+    Which elements of x make a pair is free: neighbours as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
+    are those of section 3.5.
+    """
+    query, key = arrays((2, 5, 8), (2, 5, 8))
 
     def scores(query_start, key_start):
-        return attention.rotary(query, query_start) @ attention.rotary(key, key_start).T
+        return attention.rotary(query, query_start) @ attention.rotary(key, key_start).swapaxes(1, 2)
 
-    np.testing.assert_allclose(attention.rotary(query)[0], query[0], atol=1e-6)  # position 0 is not turned
+    np.testing.assert_allclose(attention.rotary(query)[:, 0], query[:, 0], atol=1e-6)  # position 0 is not turned
+    np.testing.assert_allclose(attention.rotary(query)[:, 3:], attention.rotary(query[:, 3:], 3), atol=1e-5)
     np.testing.assert_allclose(scores(7, 7), scores(0, 0), atol=1e-4)  # all positions shifted: no score changes
-    assert (abs(scores(0, 7) - scores(0, 0)) > 1e-3).all()  # the keys alone shifted: each of them does
+    assert abs(scores(0, 7) - scores(0, 0)).max() > 0.1  # the keys alone shifted: they do
     lengths = (jnp.linalg.norm(x, axis=-1) for x in (attention.rotary(query, 3), query))
     np.testing.assert_allclose(*lengths, rtol=1e-5)
+    cosines = main.positional_encoding(5, 8)[:, 1::2]  # a pair (1, 1) turned by t has the sum 2 cos(t)
+    np.testing.assert_allclose(attention.rotary(jnp.ones((5, 8))).sum(axis=-1), 2 * cosines.sum(axis=-1), atol=1e-5)
 
 
 # ---- 8. Grouped-query attention in transformer_layer.py (arXiv 2305.13245) -------------------------------------------
@@ -74,38 +81,40 @@ def test_grouped_query_attention_is_that_of_jax_nn():
         jnp.einsum("bnd,dhk->bnhk", inputs, params[name])
         for name, inputs in (("query", x), ("key", memory), ("value", memory))
     )
-    heads = jax.nn.dot_product_attention(query, key, value)
-    expected = jnp.einsum("bnhv,hvd->bnd", heads, params["output"])
-    np.testing.assert_allclose(tl.multi_head_attention(params, x, memory, memory), expected, atol=1e-5)
+    for mask in (None, attention.padding_mask(jnp.array([7, 3, 5]), 7)):
+        heads = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        expected = jnp.einsum("bnhv,hvd->bnd", heads, params["output"])
+        np.testing.assert_allclose(tl.multi_head_attention(params, x, memory, memory, mask), expected, atol=1e-5)
 
 
 # ---- 9. A cache of keys and values in main.py ------------------------------------------------------------------------
 
 
 def test_cache_writes_the_same_and_costs_less():
-    """main.init_cache(params, memory, length) holds what one step leaves to the next: keys and values.
+    """main.init_cache(params, memory, length) holds what a step finds done: keys and values of memory and of tokens.
 
     main.decode_step(params, cache, token, i) takes the token (...,) at position i and returns the logits (..., s) of
-    the next one, and the cache. Per step and position of the cache, attention multiplies 4 d_model numbers in each
-    layer. To compute keys and values of all positions again would take 4 d_model^2 more.
+    the next one, and the cache. For each position of the cache, and for each of memory, an attention then takes
+    4 d_model operations in a layer. To compute keys and values of all positions again would take 4 d_model^2 more.
     """
     d_model, layers = 64, 2
-    params = random_params(main.init_model, 11, layers, d_model, 2, 128)
-    source = np.array([3, 1, 4, 1, 5, 9])
+    params = jax.jit(lambda: main.init_model(jax.random.key(0), 11, layers, d_model, 2, 128))()  # positions matter
+    source = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+    target = np.array([[main.START, 2, 7, 1, 8, 2], [main.START, 1, 4, 1, 4, 2]])
     memory = jax.jit(lambda params: tl.encoder(params["encoder"], main.embed(params, source)))(params)
-    cache, written = main.init_cache(params, memory, 6), [main.START]
-    step = jax.jit(main.decode_step)
+    expected, step = jax.jit(main.model)(params, source, target), jax.jit(main.decode_step)
+    cache = main.init_cache(params, memory, 6)
     for i in range(6):
-        logits, cache = step(params, cache, jnp.array(written[-1]), i)
-        written.append(int(logits.at[main.START].set(-jnp.inf).argmax()))
-    np.testing.assert_array_equal(written[1:], jax.jit(main.generate)(params, source))
+        logits, cache = step(params, cache, target[:, i], i)
+        np.testing.assert_allclose(logits, expected[:, i], atol=1e-4)
 
     def operations(length):
+        memory = jnp.zeros((length, d_model))
         cache = jax.eval_shape(lambda: main.init_cache(params, memory, length))
         return step.lower(params, cache, jnp.array(0), 0).cost_analysis()["flops"]
 
-    # XLA counts the layers of a scan once.
-    assert operations(2048) - operations(1024) < 1024 * 2 * layers * 4 * d_model
+    # Two attentions. Twice their operations leave room for softmax and mask. XLA counts the layers of a scan once.
+    assert operations(2048) - operations(1024) < 1024 * 2 * layers * 2 * 4 * d_model
 
 
 # ---- 10. A sliding window in attention.py ----------------------------------------------------------------------------
@@ -114,7 +123,7 @@ def test_cache_writes_the_same_and_costs_less():
 def test_window_is_that_of_jax_nn_and_leaves_out_blocks(monkeypatch):
     """flash_attention(..., causal=True, window=w): a query sees the last w keys, its own included.
 
-    Blocks of keys before the window are never computed, forward and backward.
+    Blocks of keys before the window are never computed, forward and backward: `_block_scores` is not called for them.
     """
     inputs = arrays((2, 3, 40, 8), (2, 3, 40, 8), (2, 3, 40, 8))
 
@@ -122,14 +131,14 @@ def test_window_is_that_of_jax_nn_and_leaves_out_blocks(monkeypatch):
         swapped = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(*swapped, is_causal=True, local_window_size=(9, 0)).swapaxes(1, 2)
 
-    def window(query, key, value):
-        return attention.flash_attention(query, key, value, causal=True, window=10, block_size=4)
+    def window(query, key, value, window=10):
+        return attention.flash_attention(query, key, value, causal=True, window=window, block_size=4)
 
     def gradients(function):
-        return jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))
+        return jax.grad(lambda *arguments: jnp.square(function(*arguments)).sum(), argnums=(0, 1, 2))
 
     np.testing.assert_allclose(jax.jit(window)(*inputs), jax.jit(witness)(*inputs), atol=1e-5)
-    for actual, expected in zip(gradients(window)(*inputs), gradients(witness)(*inputs), strict=True):
+    for actual, expected in zip(*(jax.jit(gradients(f))(*inputs) for f in (window, witness)), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
     computed, block_scores = [], attention._block_scores
@@ -140,6 +149,6 @@ def test_window_is_that_of_jax_nn_and_leaves_out_blocks(monkeypatch):
 
     monkeypatch.setattr(attention, "_block_scores", spy)
     with jax.disable_jit():  # without jit, a loop runs in Python
-        gradients(window)(*(x[0, 0] for x in inputs))
-    # Of ten blocks of queries, each needs at most four of keys: 34 in all, once forward and once backward.
-    assert len(computed) <= 2 * 34
+        gradients(window)(*(x[0, 0] for x in inputs), 9)
+    # With a window of 9, each of ten blocks of queries needs at most three of keys: 27, once forward, once backward.
+    assert 0 < len(computed) <= 2 * 27
