@@ -21,13 +21,16 @@ def test_gpt_continues_the_title_of_the_paper():
     """main.init_gpt(rng, num_symbols, num_layers, d_model, num_heads, d_ff) makes embedding and encoder.
 
     main.gpt(params, tokens) (..., n) -> logits (..., n, s) of the tokens after them, by a causal encoder.
-    main.gpt_loss(params, tokens) is the cross-entropy of each token after the first, given those before.
+    main.gpt_loss(params, tokens) is the mean cross-entropy of each token after the first, given those before.
     """
     tokens = np.array([main.SYMBOLS.index(symbol) for symbol in "Attention Is All You Need"])
     params = jax.jit(lambda: main.init_gpt(jax.random.key(0), len(main.SYMBOLS), 1, 32, 1, 64))()
     logits = jax.jit(main.gpt)(params, tokens)
     assert logits.shape == (25, len(main.SYMBOLS))
     np.testing.assert_allclose(jax.jit(main.gpt)(params, tokens[:10]), logits[:10], atol=1e-5)  # it is causal
+
+    wanted = jax.nn.log_softmax(logits[:-1])[jnp.arange(24), tokens[1:]]
+    np.testing.assert_allclose(jax.jit(main.gpt_loss)(params, tokens), -wanted.mean(), rtol=1e-5)
 
     @jax.jit
     def train_step(params, moments, step):
