@@ -67,6 +67,7 @@ def test_derivatives(name):
         function, arguments = cases()[name]
         function, arguments = jax.jit(function), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
         order, modes = (1, ["rev"]) if name.startswith("flash_attention") else (2, ["fwd", "rev"])
+        order = 1 if name == "loss" else order  # its parts have their second derivatives above
         # A step of 1e-4 leaves an error of its square in the differences, times third derivatives of up to 100.
         for mode in modes:
             check_grads(function, arguments, order=order, modes=(mode,), atol=2e-5, rtol=2e-5, eps=1e-4)
