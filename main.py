@@ -3,7 +3,7 @@
     python main.py [TEXT]
 
 shows the parameters, runs a jitted forward pass, trains the model to write strings backwards, lets it write TEXT
-backwards, and draws what it reads meanwhile. The axes, in shapes and einsum strings:
+backwards, and draws what the decoder reads for each symbol. The axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
@@ -349,7 +349,8 @@ def main():
         written = np.asarray(write(candidate, source))
         counts.append((written == task(held_out)).all(axis=1).sum())
     print(f"read     {text}\nwritten  {as_text(written[0])}")
-    print(f"of {len(held_out)} strings, right to the letter: last parameters {counts[0]}, their mean {counts[1]}")
+    mean_name = f"mean of last {min(steps, AVERAGED_STEPS)} steps"
+    print(f"of {len(held_out)} strings, right to the letter: last parameters {counts[0]}, {mean_name} {counts[1]}")
 
     print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")

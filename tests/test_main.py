@@ -145,7 +145,9 @@ def test_the_default_run_reverses_a_text_it_never_saw(default_run):
     assert re.findall(r"^\d\. (\w+(?: pass)?)", output, re.MULTILINE) == headings
     assert f"written  {TEXT[::-1]}\n" in output
     assert len(re.findall(r"^step +\d+  loss +[\d.]+  right +[\d.]+%  .{23}$", output, re.MULTILINE)) == 6
-    last, mean = map(int, re.search(r"last parameters (\d+), their mean (\d+)$", output, re.MULTILINE).groups())
+    last, mean = map(
+        int, re.search(r"last parameters (\d+), mean of last 50 steps (\d+)$", output, re.MULTILINE).groups()
+    )
     assert mean >= max(last, 31)
     assert all(len(line) <= 80 for line in output.splitlines())
     heat_maps = output.splitlines()[-len(TEXT) :]
