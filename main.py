@@ -28,7 +28,7 @@ from transformer_layer import decoder, decoder_layer, encoder, init_decoder, ini
 START = 0  # the token with which every target begins
 SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # a token is a position in this string: START, then printable ASCII
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
-WARMUP_STEPS = 600  # the paper: 4,000 of 100,000 steps
+WARMUP_STEPS = 600  # the paper: 4,000 of 100,000 steps; here the default 300 steps all lie in the warm-up
 LABEL_SMOOTHING = 0.1  # section 5.4
 AVERAGED_STEPS = 50  # section 6.1 averages the last checkpoints
 
@@ -68,8 +68,8 @@ def embed(params, tokens):
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
     """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s) of the tokens after target's.
 
-    mask hides positions of the source, as a `padding_mask` does. The other options are those that `encoder` and
-    `decoder` share: attention, dropout_rng, dropout_rate. Dropout is in the sub-layers only.
+    mask (..., 1, 1, m), such as a `padding_mask`, hides positions of the source from both stacks. The other options are
+    those that `encoder` and `decoder` share: attention, dropout_rng, dropout_rate. Dropout is in the sub-layers only.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
     memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
@@ -134,7 +134,10 @@ def adam(params, moments, gradient, step, rate):
 
 
 def train_step(params, moments, step, source, target):
-    """One step of training, for step 1, 2, ...: the new parameters and moments, and the loss before it."""
+    """One step of training, for step 1, 2, ...: the new parameters and moments, and the loss before it, a number.
+
+    params and moments are trees as `init_model` and `init_adam` make them; tokens source (..., m), target (..., n).
+    """
     value, gradient = jax.value_and_grad(loss)(params, source, target)
     rate = learning_rate(step, params["embedding"].shape[-1])
     return *adam(params, moments, gradient, step, rate), value
@@ -356,10 +359,10 @@ def main():
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")
     look = jax.jit(cross_attention, out_shardings=whole)
     before, after = (np.asarray(look(candidate, source, target))[0] for candidate in (untrained, mean))
+    target_text = as_text(task(held_out[0]))
     for head in range(arguments.num_heads):
-        for lines in zip(
-            *(heat_map(weights[head], as_text(task(held_out[0])), text) for weights in (before, after)), strict=True
-        ):
+        maps = (heat_map(weights[head], target_text, text) for weights in (before, after))
+        for lines in zip(*maps, strict=True):
             print("    ".join(lines).rstrip())
 
 

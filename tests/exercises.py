@@ -93,7 +93,7 @@ def test_grouped_query_attention_is_that_of_jax_nn():
 # ---- 9. A cache of keys and values in main.py ------------------------------------------------------------------------
 
 
-def test_cache_writes_the_same_and_costs_less():
+def test_cache_gives_the_same_logits_and_costs_less():
     """main.init_cache(params, memory, length) holds what a step finds done: keys and values of memory and of tokens.
 
     main.decode_step(params, cache, token, i) takes the token (...,) at position i and returns the logits (..., s) of
