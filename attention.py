@@ -70,142 +70,132 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 # ---- FlashAttention: the same numbers, without the n x m matrix ------------------------------------------------------
 
+# The functions of this part work on one head, cut into blocks: n and m count the positions of one block of queries and
+# of keys. `flash_attention`, at the end, makes the blocks and maps over heads and batch.
+
 
 def _add_block(maximum, denominator, weighted_sum, scores, value):
-    """The recurrence of `flash_attention`: from the sums over the keys so far to those over one more block of keys.
+    """One step of FlashAttention: from the sums over the keys so far to those over one more block of keys.
 
-    maximum, denominator (n, 1), weighted_sum (n, v), scores (n, m), value (m, v). Returns the three sums.
+    For a query with the scores s_1, ..., s_m, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be taken
+    block by block. But exp(s_j) overflows for a large score. So the sums are of exp(s_j - maximum) instead, with the
+    largest score so far; the quotient stays the same. When a block brings a larger score, what is already summed
+    is rescaled. The whole loop, for one block of queries Q_i:
+
+        maximum, denominator, weighted_sum = -infinity, 0, 0
+        for K_j, V_j in blocks of keys and values:
+            scores = Q_i K_j^T / sqrt(d_k)
+            maximum, denominator, weighted_sum = _add_block(maximum, denominator, weighted_sum, scores, V_j)
+        output = weighted_sum / denominator
+
+    maximum, denominator (n, 1), weighted_sum (n, v), scores (n, m), value (m, v). Returns the new three.
     """
-    new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True, initial=-jnp.inf))
-    rescale, exponentials = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
+    rescale = jnp.exp(maximum - new_maximum)
+    exponentials = jnp.exp(scores - new_maximum)
     denominator = rescale * denominator + exponentials.sum(axis=-1, keepdims=True)
     exponentials, dtype = exponentials.astype(value.dtype), weighted_sum.dtype
     weighted_sum = rescale * weighted_sum + jnp.einsum("nm,mv->nv", exponentials, value, preferred_element_type=dtype)
     return new_maximum, denominator, weighted_sum
 
 
-def _block(x, i, block_size, axis=0):
-    """Block i of an axis. A last block that would pass the end moves back, into the block before it.
+def _block_scores(query, key, mask, causal, i, j):
+    """Q_i K_j^T / sqrt(d_k) for block i of queries and block j of keys, and -infinity where the mask is False.
 
-    That is how `jax.lax.dynamic_slice` is defined. An axis of length 1, which broadcasts, is its own block for every i.
+    query (blocks, n, k), key (blocks, m, k), mask (blocks, n, blocks, m) -> (n, m).
     """
-    size = jax.core.min_dim(block_size, x.shape[axis])  # the smaller one, also of the symbolic lengths of jax.export
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-
-def _add_to_block(x, i, block_size, update):
-    """x (length, depth) with the update added to block i."""
-    updated = _block(x, i, block_size) + update.astype(x.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(x, updated, i * block_size, axis=0)
-
-
-def _block_scores(query, key, mask, causal, block_size, i, j):
-    """Q_i K_j^T / sqrt(d_k) for block i of queries and block j of keys, and -infinity where the mask is False."""
-    query_i, key_j, dtype = _block(query, i, block_size), _block(key, j, block_size), at_least_float32(query, key)
-    scores = jnp.einsum("nk,mk->nm", query_i, key_j, preferred_element_type=dtype) / math.sqrt(query.shape[1])
-    rows = _block(jnp.arange(query.shape[0])[:, None], i, block_size)
-    columns = _block(jnp.arange(key.shape[0]), j, block_size)
-    visible = _block(_block(mask, i, block_size, axis=0), j, block_size, axis=1)
-    # A last block that moved back repeats rows or columns of the block before. Each of them counts once.
-    visible &= (rows >= i * block_size) & (columns >= j * block_size)
+    dtype = at_least_float32(query, key)
+    scores = jnp.einsum("nk,mk->nm", query[i], key[j], preferred_element_type=dtype) / math.sqrt(query.shape[-1])
+    visible = mask[i % mask.shape[0], :, j]  # a mask that is the same for all queries has one block of one row
     if causal:
-        visible &= columns <= rows
+        size = query.shape[1]  # causal attention has as many queries as keys, so this is the size of all blocks
+        rows, columns = i * size + jnp.arange(size), j * size + jnp.arange(size)
+        visible &= columns <= rows[:, None]
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def _forward(query, key, value, mask, causal, block_size):
-    """Algorithm 1 for one head, query (n, k), key (m, k), value (m, v): output (n, v), and what `_backward` needs."""
-    query_blocks, key_blocks = -(-query.shape[0] // block_size), -(-key.shape[0] // block_size)
+def _forward(query, key, value, mask, causal):
+    """Algorithm 1 of FlashAttention-2: the output in blocks, and what `_backward` needs.
 
-    def attend(i, results):
-        output, log_denominator = results
+    query (blocks, n, k), key (blocks, m, k), value (blocks, m, v), mask (blocks, n, blocks, m) -> (blocks, n, v).
+    """
+
+    def attend(i):
+        """Block i of the output, and the logarithm of the softmax's denominator for each of its queries."""
 
         def step(j, sums):
-            scores = _block_scores(query, key, mask, causal, block_size, i, j)
-            return _add_block(*sums, scores, _block(value, j, block_size))
+            return _add_block(*sums, _block_scores(query, key, mask, causal, i, j), value[j])
 
-        zeros = jnp.zeros_like(_block(log_denominator, i, block_size))
-        weighted_sum = jnp.zeros_like(_block(output, i, block_size), dtype=at_least_float32(query, key, value))
-        sums = zeros - 3e38, zeros, weighted_sum  # a finite maximum below any score: -infinity - -infinity is NaN
-        stop = i + 1 if causal else key_blocks  # causality leaves the blocks of keys 0, ..., i
+        n, d_v, dtype = query.shape[1], value.shape[2], at_least_float32(query, key, value)
+        denominator, weighted_sum = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
+        sums = denominator - 3e38, denominator, weighted_sum  # below any score, but finite: -inf - -inf is NaN
+        stop = i + 1 if causal else key.shape[0]  # causality leaves the blocks of keys 0, ..., i
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
-        nothing = denominator == 0
-        output_i = jnp.where(nothing, 0, weighted_sum / denominator)
-        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))
-        return _add_to_block(output, i, block_size, output_i), _add_to_block(log_denominator, i, block_size, log_i)
+        nothing = denominator == 0  # what may attend to nothing gets zeros
+        output = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
+        return output, jnp.where(nothing, 0, maximum + jnp.log(denominator))
 
-    output = jnp.zeros_like(query, shape=(query.shape[0], value.shape[1]), dtype=value.dtype)
-    log_denominator = jnp.zeros_like(query, shape=(query.shape[0], 1), dtype=at_least_float32(query, key))
-    output, log_denominator = jax.lax.fori_loop(0, query_blocks, attend, (output, log_denominator))
+    output, log_denominator = jax.lax.map(attend, jnp.arange(query.shape[0]))
     return output, (query, key, value, mask, output, log_denominator)
 
 
-def _backward(causal, block_size, saved, d_output):
-    """Algorithm 2 for one head: from the gradient dO (n, v) of the output to dQ (n, k), dK (m, k), dV (m, v).
+def _backward(causal, saved, d_output):
+    """Algorithm 2 of FlashAttention-2: from the gradient dO of the output to dQ, dK and dV, all in blocks.
 
-    The weights P are computed again, as exp(scores - log_denominator). Then, as in the paper, dV = P^T dO,
+    The weights P are computed again, as exp(scores - log_denominator). Then, as in that paper, dV = P^T dO,
     dP = dO V^T, dS = P * (dP - D) with D = rowsum(dO * O), dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k).
     """
     query, key, value, mask, output, log_denominator = saved
-    query_blocks, key_blocks = -(-query.shape[0] // block_size), -(-key.shape[0] // block_size)
     dtype = log_denominator.dtype
-    row_sums = jnp.einsum("nv,nv->n", d_output, output, preferred_element_type=dtype)[:, None]
+    row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]
 
-    def differentiate(j, gradients):
-        d_query, d_key, d_value = gradients
-        key_j, value_j = _block(key, j, block_size), _block(value, j, block_size)
+    def differentiate(d_query, j):
+        """dK_j and dV_j, the sums over all blocks of queries; what block j of keys gives to dQ is added to d_query."""
 
         def step(i, gradients):
             d_query, d_key_j, d_value_j = gradients
-            query_i, d_output_i = _block(query, i, block_size), _block(d_output, i, block_size)
-            scores = _block_scores(query, key, mask, causal, block_size, i, j)
-            weights = jnp.exp(scores - _block(log_denominator, i, block_size))
-            d_weights = jnp.einsum("nv,mv->nm", d_output_i, value_j, preferred_element_type=dtype)
-            d_scores = weights * (d_weights - _block(row_sums, i, block_size)) / math.sqrt(query.shape[1])
+            weights = jnp.exp(_block_scores(query, key, mask, causal, i, j) - log_denominator[i])
+            d_weights = jnp.einsum("nv,mv->nm", d_output[i], value[j], preferred_element_type=dtype)
+            d_scores = weights * (d_weights - row_sums[i]) / math.sqrt(query.shape[-1])
             weights, d_scores = weights.astype(value.dtype), d_scores.astype(query.dtype)
-            d_query_i = jnp.einsum("nm,mk->nk", d_scores, key_j, preferred_element_type=dtype)
-            d_key_j += jnp.einsum("nm,nk->km", d_scores, query_i, preferred_element_type=d_key_j.dtype)
-            d_value_j += jnp.einsum("nm,nv->vm", weights, d_output_i, preferred_element_type=d_value_j.dtype)
-            return _add_to_block(d_query, i, block_size, d_query_i), d_key_j, d_value_j
+            d_query_i = jnp.einsum("nm,mk->nk", d_scores, key[j], preferred_element_type=dtype)
+            d_key_j += jnp.einsum("nm,nk->km", d_scores, query[i], preferred_element_type=dtype)
+            d_value_j += jnp.einsum("nm,nv->vm", weights, d_output[i], preferred_element_type=dtype)
+            return d_query.at[i].add(d_query_i), d_key_j, d_value_j
 
         # d_key_j and d_value_j are summed transposed, (k, m) and (v, m): on a CPU, XLA would else transpose (n, m).
-        sums = (jnp.zeros_like(x.T, dtype=at_least_float32(x)) for x in (key_j, value_j))
+        sums = jnp.zeros_like(key[j].T, dtype=dtype), jnp.zeros_like(value[j].T, dtype=dtype)
         start = j if causal else 0  # causality leaves the blocks of queries j, j + 1, ...
-        d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query_blocks, step, (d_query, *sums))
-        d_key = _add_to_block(d_key, j, block_size, d_key_j.T)
-        return d_query, d_key, _add_to_block(d_value, j, block_size, d_value_j.T)
+        d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query.shape[0], step, (d_query, *sums))
+        return d_query, (d_key_j.T.astype(key.dtype), d_value_j.T.astype(value.dtype))
 
-    gradients = jnp.zeros_like(query, dtype=dtype), jnp.zeros_like(key), jnp.zeros_like(value)
-    d_query, d_key, d_value = jax.lax.fori_loop(0, key_blocks, differentiate, gradients)
+    # `jax.lax.scan` is a loop over j that carries d_query along and stacks what each round returns besides.
+    zeros = jnp.zeros_like(query, dtype=dtype)
+    d_query, (d_key, d_value) = jax.lax.scan(differentiate, zeros, jnp.arange(key.shape[0]))
     return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _flash(query, key, value, mask, causal, block_size):
-    """Attention of one head. `jax.custom_vjp` lets `_backward` be its derivative, in place of one that JAX derives."""
-    return _forward(query, key, value, mask, causal, block_size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(query, key, value, mask, causal):
+    """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative, in place of one that JAX derives."""
+    return _forward(query, key, value, mask, causal)[0]
 
 
 _flash.defvjp(_forward, _backward)
 
 
+def _blocks(x, block_size, axis=0):
+    """The axis cut into blocks: length -> (blocks, size). The last block is filled up with zeros, or with False."""
+    length = x.shape[axis]
+    # min and max, also of the symbolic lengths of `jax.export`. An axis of length 0 becomes a block of padding.
+    size = jax.core.min_dim(block_size, jax.core.max_dim(length, 1))
+    blocks = jax.core.max_dim(-(-length // size), 1)
+    padding = [(0, blocks * size - length if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
+
+
 def flash_attention(query, key, value, mask=None, *, causal=False, block_size=512):
-    """Equation 1 one block at a time: FlashAttention-2 (arXiv 2307.08691), Algorithms 1 and 2.
-
-    A row of Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be taken block by block. So that exp stays
-    finite, they are kept relative to the largest score so far. When a block brings a larger one, what is already
-    summed is rescaled. For the queries Q_i of one block:
-
-        maximum, denominator, weighted_sum = -infinity, 0, 0
-        for K_j, V_j in blocks of keys and values:
-            scores       = Q_i K_j^T / sqrt(d_k)
-            new_maximum  = max(maximum, rowmax(scores))
-            rescale      = exp(maximum - new_maximum)
-            exponentials = exp(scores - new_maximum)
-            denominator  = rescale * denominator + rowsum(exponentials)
-            weighted_sum = rescale * weighted_sum + exponentials V_j
-            maximum      = new_maximum
-        output = weighted_sum / denominator
+    """Equation 1 one block at a time, by the loop that `_add_block` shows: FlashAttention-2 (arXiv 2307.08691).
 
     Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m. `causal=True`
     also saves time: blocks that lie wholly in the future are left out. A block is block_size queries by block_size
@@ -219,7 +209,11 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     mask = jnp.atleast_2d(True if mask is None else mask)
 
     def one_head(query, key, value, mask):
-        return _flash(query, key, value, mask, causal, block_size)
+        (n, d_v), m = (query.shape[0], value.shape[1]), key.shape[0]
+        mask = jnp.broadcast_to(mask, (mask.shape[0], m))  # one row for all queries stays one row
+        mask = _blocks(_blocks(mask, block_size, axis=1), block_size)
+        query, key, value = (_blocks(x, block_size) for x in (query, key, value))
+        return _flash(query, key, value, mask, causal).reshape(-1, d_v)[:n]
 
     # `jnp.vectorize` maps it over all leading axes, which broadcast. (a, b) is (n, m), or has 1 for either.
     return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)
