@@ -187,6 +187,60 @@ def partition_specs(params):
     return jax.tree.map_with_path(spec, params)
 
 
+# ---- The task: strings, and the same backwards -----------------------------------------------------------------------
+
+
+def random_strings(generator, batch_size, length):
+    """Tokens (b, n) of strings of at most 8 different symbols. Repetition makes the model learn positions."""
+    symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
+    return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
+
+
+def task(strings):
+    """What the model learns to write: the strings backwards. Tokens (..., n) -> (..., n)."""
+    return strings[..., ::-1]
+
+
+def as_text(tokens):
+    """Tokens (n,) -> the string of their symbols."""
+    return "".join(SYMBOLS[token] for token in tokens)
+
+
+# ---- What the program shows ------------------------------------------------------------------------------------------
+
+
+def show_parameters(params):
+    """Part 1: the pytree as a table."""
+    print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
+    print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
+
+
+def show_forward_pass(params, source, target):
+    """Part 2: the shapes of what goes in and comes out, and what `jax.jit` costs once and saves from then on."""
+    print("\n2. Forward pass: TEXT and random strings, one batch\n")
+    forward, seconds = jax.jit(model), []
+    for _ in range(2):
+        start = time.perf_counter()
+        logits = jax.block_until_ready(forward(params, source, target))
+        seconds.append(time.perf_counter() - start)
+    print(f"source and target {source.shape!s:>16}\nlogits            {logits.shape!s:>16}")
+    print(f"first call        {seconds[0] * 1e3:13.2f} ms  (compiles)\nsecond call       {seconds[1] * 1e3:13.2f} ms")
+
+
+def show_attention(before, after, written, text):
+    """Part 5: weights (h, n, m) before and after training as heat maps, a row for each symbol of what is written."""
+    shades = " \u2591\u2592\u2593\u2588"  # from a blank to a full block
+    if (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8":
+        shades = " .:*#"
+    for heads in zip(before, after, strict=True):
+        print(f"  {text}      {text}")
+        maps = [(weights / weights.max() * (len(shades) - 0.01)).astype(int) for weights in heads]
+        for symbol, *rows in zip(written, *maps, strict=True):
+            print("    ".join(f"{symbol} {''.join(shades[cell] for cell in row)}" for row in rows).rstrip())
+
+
 # ---- The program -----------------------------------------------------------------------------------------------------
 
 FLAGS = {  # default, smallest value, meaning
@@ -231,6 +285,16 @@ def parse_arguments():
     return arguments
 
 
+def join_processes():
+    """Meet the other processes that a launcher such as mpirun or srun started. Process 0 alone prints."""
+    try:
+        jax.distributed.initialize()
+    except ValueError:
+        refuse("--distributed needs a launcher that JAX knows, such as mpirun or srun")
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+
+
 def make_mesh(arguments):
     """The devices of all processes as a mesh ("data", "model"). A size that it does not divide is refused."""
     devices, parts = jax.device_count(), arguments.model_parallel
@@ -243,68 +307,14 @@ def make_mesh(arguments):
     return jax.make_mesh((devices // parts, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def random_strings(generator, batch_size, length):
-    """Tokens (b, n) of strings of at most 8 different symbols. Repetition makes the model learn positions."""
-    symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
-    return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
-
-
-def task(strings):
-    """What the model learns to write: the strings backwards. Tokens (..., n) -> (..., n)."""
-    return strings[..., ::-1]
-
-
-def as_text(tokens):
-    """Tokens (n,) -> the string of their symbols."""
-    return "".join(SYMBOLS[token] for token in tokens)
-
-
-def show_parameters(params):
-    """The pytree as a table."""
-    print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
-    for path, leaf in jax.tree.leaves_with_path(params):
-        print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
-    print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
-
-
-def show_forward_pass(params, source, target):
-    """The shapes of what goes in and comes out, and what `jax.jit` costs once and saves from then on."""
-    print("\n2. Forward pass: TEXT and random strings, one batch\n")
-    forward, seconds = jax.jit(model), []
-    for _ in range(2):
-        start = time.perf_counter()
-        logits = jax.block_until_ready(forward(params, source, target))
-        seconds.append(time.perf_counter() - start)
-    print(f"source and target {source.shape!s:>16}\nlogits            {logits.shape!s:>16}")
-    print(f"first call        {seconds[0] * 1e3:13.2f} ms  (compiles)\nsecond call       {seconds[1] * 1e3:13.2f} ms")
-
-
-def heat_map(weights, rows, columns):
-    """Lines of text for weights (n, m): a row for each query, a column for each key, the largest weight darkest."""
-    try:
-        shades = " \u2591\u2592\u2593\u2588"  # from a blank to a full block
-        shades.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        shades = " .:*#"
-    cells = (weights / weights.max() * (len(shades) - 0.01)).astype(int)
-    return ["  " + columns] + [
-        f"{row} {''.join(shades[i] for i in line)}" for row, line in zip(rows, cells, strict=True)
-    ]
-
-
 def main():
     """Parse the command line and print the five parts."""
     arguments = parse_arguments()
     if arguments.distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError:
-            refuse("--distributed needs a launcher that JAX knows, such as mpirun or srun")
-        if jax.process_index():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - process 0 alone prints
-    text, steps = arguments.text, arguments.steps
+        join_processes()
+    text, steps, batch_size = arguments.text, arguments.steps, arguments.batch_size
     generator = np.random.default_rng(arguments.seed)
-    held_out = random_strings(generator, arguments.batch_size, len(text))
+    held_out = random_strings(generator, batch_size, len(text))  # never trained on
     held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
 
     def init():
@@ -313,18 +323,23 @@ def main():
         return params, init_adam(params)
 
     try:
-        shapes = jax.eval_shape(init)
+        shapes = jax.eval_shape(init)  # runs init on shapes alone: what does not fit shows before anything is computed
         jax.eval_shape(embed, shapes[0], held_out)
-    except ValueError as error:  # sizes that do not fit together: nothing was computed yet
+    except ValueError as error:
         refuse(error)
 
-    mesh = make_mesh(arguments)
     # Where arrays lie: the state as `partition_specs` says, a batch by rows, what is shown whole on every device.
+    mesh = make_mesh(arguments)
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     def place(tokens):
         return jax.make_array_from_callback(tokens.shape, rows, lambda part: tokens[part])
+
+    # Each of these is compiled when it is first called.
+    one_step = jax.jit(train_step, out_shardings=(*places, whole))
+    write = jax.jit(generate, out_shardings=whole)
+    look = jax.jit(cross_attention, out_shardings=whole)
 
     source, target = place(held_out), place(task(held_out))
     once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
@@ -333,37 +348,29 @@ def main():
     show_forward_pass(params, source, target)
 
     print(f"\n3. Training: {steps} steps on random strings, each to be written backwards\n")
-    one_step, write = jax.jit(train_step, out_shardings=(*places, whole)), jax.jit(generate, out_shardings=whole)
-    update_mean = jax.jit(average)
+    averaged, update_mean = min(steps, AVERAGED_STEPS), jax.jit(average)
     untrained = mean = params
     for step in range(1, steps + 1):
-        strings = random_strings(generator, arguments.batch_size, len(text))
+        strings = random_strings(generator, batch_size, len(text))
         params, moments, value = one_step(params, moments, step, place(strings), place(task(strings)))
-        if step > steps - AVERAGED_STEPS:
-            mean = update_mean(mean, params, step - max(steps - AVERAGED_STEPS, 0))
-        if step * 6 // steps > (step - 1) * 6 // steps:
+        if step > steps - averaged:
+            mean = update_mean(mean, params, step - (steps - averaged))
+        if step * 6 // steps > (step - 1) * 6 // steps:  # six times
             written = np.asarray(write(params, source))
             right = (written == task(held_out)).mean()
             print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)
 
     print("\n4. Result: a text that the model never saw\n")
-    counts = []
-    for candidate in (params, mean):
-        written = np.asarray(write(candidate, source))
-        counts.append((written == task(held_out)).all(axis=1).sum())
+    last, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
+    counts = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
     print(f"read     {text}\nwritten  {as_text(written[0])}")
-    mean_name = f"mean of last {min(steps, AVERAGED_STEPS)} steps"
-    print(f"of {len(held_out)} strings, right to the letter: last parameters {counts[0]}, {mean_name} {counts[1]}")
+    print(f"of {batch_size} strings, right to the letter: last parameters {counts[0]}, ", end="")
+    print(f"mean of last {averaged} steps {counts[1]}")
 
     print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")
-    look = jax.jit(cross_attention, out_shardings=whole)
     before, after = (np.asarray(look(candidate, source, target))[0] for candidate in (untrained, mean))
-    target_text = as_text(task(held_out[0]))
-    for head in range(arguments.num_heads):
-        maps = (heat_map(weights[head], target_text, text) for weights in (before, after))
-        for lines in zip(*maps, strict=True):
-            print("    ".join(lines).rstrip())
+    show_attention(before, after, as_text(task(held_out[0])), text)
 
 
 if __name__ == "__main__":
