@@ -70,8 +70,9 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 # ---- FlashAttention: the same numbers, without the n x m matrix ------------------------------------------------------
 
-# The functions of this part work on one head, cut into blocks: n and m count the positions of one block of queries and
-# of keys. `flash_attention`, at the end, makes the blocks and maps over heads and batch.
+# The functions of this part work on one head, cut into blocks. Here n and m count the positions of one block of queries
+# and of one block of keys. `flash_attention`, at the end, makes the blocks, and maps over heads and batch.
+# `jax.lax.fori_loop(start, stop, body, state)` is the loop `for i in range(start, stop): state = body(i, state)`.
 
 
 def _add_block(maximum, denominator, weighted_sum, scores, value):
@@ -119,23 +120,27 @@ def _forward(query, key, value, mask, causal):
 
     query (blocks, n, k), key (blocks, m, k), value (blocks, m, v), mask (blocks, n, blocks, m) -> (blocks, n, v).
     """
+    (blocks, n, _), d_v, dtype = query.shape, value.shape[2], at_least_float32(query, key, value)
 
-    def attend(i):
-        """Block i of the output, and the logarithm of the softmax's denominator for each of its queries."""
+    def attend(i, results):
+        """Writes block i of the output, and for each of its queries the logarithm of the softmax's denominator."""
+        output, log_denominator = results
 
         def step(j, sums):
             return _add_block(*sums, _block_scores(query, key, mask, causal, i, j), value[j])
 
-        n, d_v, dtype = query.shape[1], value.shape[2], at_least_float32(query, key, value)
-        denominator, weighted_sum = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
-        sums = denominator - 3e38, denominator, weighted_sum  # below any score, but finite: -inf - -inf is NaN
+        zero, zero_vector = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
+        sums = zero - 3e38, zero, zero_vector  # a maximum below any score, but finite: -infinity - -infinity is NaN
         stop = i + 1 if causal else key.shape[0]  # causality leaves the blocks of keys 0, ..., i
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
         nothing = denominator == 0  # what may attend to nothing gets zeros
-        output = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
-        return output, jnp.where(nothing, 0, maximum + jnp.log(denominator))
+        output_i = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
+        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))
+        return output.at[i].set(output_i), log_denominator.at[i].set(log_i)
 
-    output, log_denominator = jax.lax.map(attend, jnp.arange(query.shape[0]))
+    output = jnp.zeros_like(query, shape=(blocks, n, d_v), dtype=value.dtype)
+    log_denominator = jnp.zeros_like(query, shape=(blocks, n, 1), dtype=dtype)
+    output, log_denominator = jax.lax.fori_loop(0, blocks, attend, (output, log_denominator))
     return output, (query, key, value, mask, output, log_denominator)
 
 
@@ -149,8 +154,9 @@ def _backward(causal, saved, d_output):
     dtype = log_denominator.dtype
     row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]
 
-    def differentiate(d_query, j):
-        """dK_j and dV_j, the sums over all blocks of queries; what block j of keys gives to dQ is added to d_query."""
+    def differentiate(j, gradients):
+        """Writes dK_j and dV_j, and adds to dQ what block j of the keys gives to it."""
+        d_query, d_key, d_value = gradients
 
         def step(i, gradients):
             d_query, d_key_j, d_value_j = gradients
@@ -164,20 +170,22 @@ def _backward(causal, saved, d_output):
             return d_query.at[i].add(d_query_i), d_key_j, d_value_j
 
         # d_key_j and d_value_j are summed transposed, (k, m) and (v, m): on a CPU, XLA would else transpose (n, m).
-        sums = jnp.zeros_like(key[j].T, dtype=dtype), jnp.zeros_like(value[j].T, dtype=dtype)
+        zeros = jnp.zeros_like(key[j].T, dtype=dtype), jnp.zeros_like(value[j].T, dtype=dtype)
         start = j if causal else 0  # causality leaves the blocks of queries j, j + 1, ...
-        d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query.shape[0], step, (d_query, *sums))
-        return d_query, (d_key_j.T.astype(key.dtype), d_value_j.T.astype(value.dtype))
+        d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query.shape[0], step, (d_query, *zeros))
+        return d_query, d_key.at[j].set(d_key_j.T.astype(key.dtype)), d_value.at[j].set(d_value_j.T.astype(value.dtype))
 
-    # `jax.lax.scan` is a loop over j that carries d_query along and stacks what each round returns besides.
-    zeros = jnp.zeros_like(query, dtype=dtype)
-    d_query, (d_key, d_value) = jax.lax.scan(differentiate, zeros, jnp.arange(key.shape[0]))
+    zeros = jnp.zeros_like(query, dtype=dtype), jnp.zeros_like(key), jnp.zeros_like(value)
+    d_query, d_key, d_value = jax.lax.fori_loop(0, key.shape[0], differentiate, zeros)
     return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(query, key, value, mask, causal):
-    """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative, in place of one that JAX derives."""
+    """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative.
+
+    JAX can't derive one from a loop whose end depends on i. From other loops it would, and keep n x m weights for it.
+    """
     return _forward(query, key, value, mask, causal)[0]
 
 

@@ -135,9 +135,9 @@ def temporary_bytes(length, gradient):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_linear_in_the_length(gradient):
     """arXiv 2205.14135, theorem 1: four times the length needs at most four times the memory, with gradients too."""
-    small, large = temporary_bytes(1024, gradient), temporary_bytes(4096, gradient)
+    small, large = temporary_bytes(512, gradient), temporary_bytes(2048, gradient)
     assert 0 < large <= 4 * small
-    assert large < 6 * (2 * 4096 * 16 * 4)  # a few copies of the query; a row of blocks of scores would be four more
+    assert large < 6 * (2 * 2048 * 16 * 4)  # a few copies of the query; a row of blocks of scores would be four more
 
 
 def test_a_padding_mask_is_never_expanded():
