@@ -10,9 +10,10 @@ it. The shapes of the arrays are the configuration. The axes, in shapes and eins
 
 The results have the dtype of their input x (or query), whatever the dtype of the parameters.
 
-`jax.jit` first runs a function on shapes alone; that is called tracing. What an `if` or a call depends on must be known
-by then. It is a static argument, as in `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. What does not
-fit raises while tracing: ValueError for shapes and values, TypeError for dtypes.
+`jax.jit` first runs a function on shapes alone. That is called tracing. An `if causal:` is decided in that run, and
+`attention` is called in it. So JAX must know both by then: they are static arguments. To compile a layer, write
+`jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. What does not fit raises while tracing: ValueError
+for shapes and values, TypeError for dtypes.
 """
 
 import functools
@@ -144,7 +145,8 @@ def encoder_layer(
 ):
     """Section 3.1: self-attention, then the feed-forward network, each as LayerNorm(x + Dropout(Sublayer(x))).
 
-    x (..., n, d), mask broadcasting to (..., h, n, n): one for each batch element is (b, 1, n, n) -> (..., n, d).
+    x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). One mask for each sequence of a batch is
+    (b, 1, n, n).
     `causal=True` makes it the layer of a decoder-only model (GPT). Without dropout_rng there is no dropout.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng, 2)
