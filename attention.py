@@ -42,14 +42,14 @@ def attention_weights(query, key, mask=None, *, causal=False):
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
     A key that the mask hides gets the weight 0. A query that may attend to nothing gets a row of zeros.
-    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. Said by the flag instead of a mask, it lets
-    `flash_attention` leave out what lies in the future.
+    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. Given as a flag and not as a mask, it lets
+    `flash_attention` skip the future.
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """
-    query, key, _, mask = _checked(query, key, key, mask, causal)
+    query, key, _, mask = _checked(query, key, key, mask, causal)  # there is no value: key stands in
     n, d_k = query.shape[-2:]
-    dtype = at_least_float32(query, key)
+    dtype = at_least_float32(query, key)  # the dtype in which einsum sums up
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
     if causal:
         mask = causal_mask(n) if mask is None else mask & causal_mask(n)
@@ -72,7 +72,9 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 # The functions of this part work on one head, cut into blocks. Here n and m count the positions of one block of queries
 # and of one block of keys. `flash_attention`, at the end, makes the blocks, and maps over heads and batch.
-# `jax.lax.fori_loop(start, stop, body, state)` is the loop `for i in range(start, stop): state = body(i, state)`.
+#
+# `jax.lax.fori_loop(start, stop, body, state)` is the loop `for i in range(start, stop): state = body(i, state)`. It is
+# compiled once. A Python loop would be compiled once for each of its rounds.
 
 
 def _add_block(maximum, denominator, weighted_sum, scores, value):
@@ -80,8 +82,8 @@ def _add_block(maximum, denominator, weighted_sum, scores, value):
 
     For a query with the scores s_1, ..., s_m, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be taken
     block by block. But exp(s_j) overflows for a large score. So the sums are of exp(s_j - maximum) instead, with the
-    largest score so far; the quotient stays the same. When a block brings a larger score, what is already summed
-    is rescaled. The whole loop, for one block of queries Q_i:
+    largest score so far; the quotient stays the same. When a block brings a larger score, what is already summed is
+    multiplied by exp(old maximum - new maximum). The whole loop, for one block of queries Q_i:
 
         maximum, denominator, weighted_sum = -infinity, 0, 0
         for K_j, V_j in blocks of keys and values:
@@ -95,19 +97,20 @@ def _add_block(maximum, denominator, weighted_sum, scores, value):
     rescale = jnp.exp(maximum - new_maximum)
     exponentials = jnp.exp(scores - new_maximum)
     denominator = rescale * denominator + exponentials.sum(axis=-1, keepdims=True)
-    exponentials, dtype = exponentials.astype(value.dtype), weighted_sum.dtype
-    weighted_sum = rescale * weighted_sum + jnp.einsum("nm,mv->nv", exponentials, value, preferred_element_type=dtype)
-    return new_maximum, denominator, weighted_sum
+    exponentials = exponentials.astype(value.dtype)  # as the weights of Equation 1
+    block_sum = jnp.einsum("nm,mv->nv", exponentials, value, preferred_element_type=weighted_sum.dtype)
+    return new_maximum, denominator, rescale * weighted_sum + block_sum
 
 
 def _block_scores(query, key, mask, causal, i, j):
     """Q_i K_j^T / sqrt(d_k) for block i of queries and block j of keys, and -infinity where the mask is False.
 
-    query (blocks, n, k), key (blocks, m, k), mask (blocks, n, blocks, m) -> (n, m).
+    query (blocks, n, k), key (blocks, m, k), mask (blocks, n, blocks, m) -> (n, m). A mask that is the same for all
+    queries is (1, 1, blocks, m).
     """
     dtype = at_least_float32(query, key)
     scores = jnp.einsum("nk,mk->nm", query[i], key[j], preferred_element_type=dtype) / math.sqrt(query.shape[-1])
-    visible = mask[i % mask.shape[0], :, j]  # a mask that is the same for all queries has one block of one row
+    visible = mask[i % mask.shape[0], :, j]  # i % 1 = 0: the only block of a mask that is the same for all queries
     if causal:
         size = query.shape[1]  # causal attention has as many queries as keys, so this is the size of all blocks
         rows, columns = i * size + jnp.arange(size), j * size + jnp.arange(size)
@@ -129,15 +132,17 @@ def _forward(query, key, value, mask, causal):
         def step(j, sums):
             return _add_block(*sums, _block_scores(query, key, mask, causal, i, j), value[j])
 
-        zero, zero_vector = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
-        sums = zero - 3e38, zero, zero_vector  # a maximum below any score, but finite: -infinity - -infinity is NaN
+        zero, zeros = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
+        sums = zero - 3e38, zero, zeros  # a maximum below any usual score, but finite: -infinity - -infinity is NaN
         stop = i + 1 if causal else key.shape[0]  # causality leaves the blocks of keys 0, ..., i
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
         nothing = denominator == 0  # what may attend to nothing gets zeros
         output_i = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
-        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))
+        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))  # of the sum of exp(s_j) itself, L in the paper
+        # Once compiled, `x.at[i].set(y)` writes into x itself, for nobody needs the old x.
         return output.at[i].set(output_i), log_denominator.at[i].set(log_i)
 
+    # Like query also in how `jax.shard_map` spreads it over devices, which `jnp.zeros` would not be.
     output = jnp.zeros_like(query, shape=(blocks, n, d_v), dtype=value.dtype)
     log_denominator = jnp.zeros_like(query, shape=(blocks, n, 1), dtype=dtype)
     output, log_denominator = jax.lax.fori_loop(0, blocks, attend, (output, log_denominator))
@@ -147,17 +152,19 @@ def _forward(query, key, value, mask, causal):
 def _backward(causal, saved, d_output):
     """Algorithm 2 of FlashAttention-2: from the gradient dO of the output to dQ, dK and dV, all in blocks.
 
-    The weights P are computed again, as exp(scores - log_denominator). Then, as in that paper, dV = P^T dO,
-    dP = dO V^T, dS = P * (dP - D) with D = rowsum(dO * O), dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k).
+    The weights P are computed again, as exp(scores - log_denominator). The derivatives of the products are dV = P^T dO
+    and dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). Between them, that of the softmax is
+    dS = P * (dP - D). Here D = rowsum(P * dP), which is rowsum(dO * O) and needs no n x m matrix.
     """
     query, key, value, mask, output, log_denominator = saved
     dtype = log_denominator.dtype
-    row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]
+    row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]  # i: blocks
 
     def differentiate(j, gradients):
         """Writes dK_j and dV_j, and adds to dQ what block j of the keys gives to it."""
         d_query, d_key, d_value = gradients
 
+        # d_key_j and d_value_j are summed transposed, (k, m) and (v, m): on a CPU, XLA would else transpose (n, m).
         def step(i, gradients):
             d_query, d_key_j, d_value_j = gradients
             weights = jnp.exp(_block_scores(query, key, mask, causal, i, j) - log_denominator[i])
@@ -169,7 +176,6 @@ def _backward(causal, saved, d_output):
             d_value_j += jnp.einsum("nm,nv->vm", weights, d_output[i], preferred_element_type=dtype)
             return d_query.at[i].add(d_query_i), d_key_j, d_value_j
 
-        # d_key_j and d_value_j are summed transposed, (k, m) and (v, m): on a CPU, XLA would else transpose (n, m).
         zeros = jnp.zeros_like(key[j].T, dtype=dtype), jnp.zeros_like(value[j].T, dtype=dtype)
         start = j if causal else 0  # causality leaves the blocks of queries j, j + 1, ...
         d_query, d_key_j, d_value_j = jax.lax.fori_loop(start, query.shape[0], step, (d_query, *zeros))
@@ -184,7 +190,8 @@ def _backward(causal, saved, d_output):
 def _flash(query, key, value, mask, causal):
     """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative.
 
-    JAX can't derive one from a loop whose end depends on i. From other loops it would, and keep n x m weights for it.
+    In reverse, JAX can't differentiate a loop whose end depends on i. Of other loops it would keep all n x m weights.
+    Argument 4, causal, is not an array: `_backward` gets it first, then what `_forward` kept.
     """
     return _forward(query, key, value, mask, causal)[0]
 
@@ -193,9 +200,12 @@ _flash.defvjp(_forward, _backward)
 
 
 def _blocks(x, block_size, axis=0):
-    """The axis cut into blocks: length -> (blocks, size). The last block is filled up with zeros, or with False."""
+    """The axis cut into blocks: length -> (blocks, size). The last block is filled up with zeros.
+
+    A mask is filled up with False, and so hides the zeros that fill the keys.
+    """
     length = x.shape[axis]
-    # min and max, also of the symbolic lengths of `jax.export`. An axis of length 0 becomes a block of padding.
+    # At least one block, none larger than the axis. These forms also take the symbolic lengths of `jax.export`.
     size = jax.core.min_dim(block_size, jax.core.max_dim(length, 1))
     blocks = jax.core.max_dim(-(-length // size), 1)
     padding = [(0, blocks * size - length if i == axis else 0) for i in range(x.ndim)]
@@ -208,12 +218,12 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m. `causal=True`
     also saves time: blocks that lie wholly in the future are left out. A block is block_size queries by block_size
     keys; 512 is good on a CPU, 1,024 or 2,048 on a GPU.
-    For forward mode (`jax.jvp`) and second derivatives, take `scaled_dot_product_attention`.
+    Forward mode (`jax.jvp`), and reverse mode twice where causal, need `scaled_dot_product_attention`.
     Also raises ValueError for a block_size that is not an int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size must be a Python int of at least 1, got {block_size}")
+        raise ValueError(f"block_size must be a Python int of at least 1, got {block_size!r}")
     mask = jnp.atleast_2d(True if mask is None else mask)
 
     def one_head(query, key, value, mask):

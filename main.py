@@ -68,8 +68,8 @@ def embed(params, tokens):
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
     """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s) of the tokens after target's.
 
-    mask (..., 1, 1, m), such as a `padding_mask`, hides positions of the source from both stacks. The other options are
-    those that `encoder` and `decoder` share: attention, dropout_rng, dropout_rate. Dropout is in the sub-layers only.
+    mask (..., 1, 1, m), such as a `padding_mask`, hides positions of the source from both stacks. The options are those
+    that `encoder` and `decoder` share: attention and dropout_rate. Unlike in section 5.4, embeddings have no dropout.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
     memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
@@ -89,12 +89,14 @@ def shift_right(target):
 def generate(params, source):
     """Write a target as long as source, token after token, each the likeliest one (greedy). (..., m) -> (..., m).
 
-    The buffer has its full length from the start. What is not written yet does no harm: causality hides it.
+    The target has its full length from the start. What is not written yet does no harm: causality hides it.
+    Each token takes a run of the whole model; exercise 9 saves that.
     """
 
     def write(i, target):
         logits = model(params, source, shift_right(target))[..., i, :]
-        return target.at[..., i].set(logits.at[..., START].set(-jnp.inf).argmax(axis=-1))
+        logits = logits.at[..., START].set(-jnp.inf)  # START itself is never written
+        return target.at[..., i].set(logits.argmax(axis=-1))
 
     return jax.lax.fori_loop(0, source.shape[-1], write, jnp.zeros_like(source))
 
@@ -105,7 +107,8 @@ def generate(params, source):
 def loss(params, source, target):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
-    The wanted token has the probability 1 - 0.1; 0.1 is spread evenly over all symbols.
+    Of the wanted distribution, 0.9 goes to the wanted token, and 0.1 evenly to all symbols, that one included. There is
+    no dropout here: every batch is new, so there is nothing to overfit.
     """
     log_probabilities = jax.nn.log_softmax(model(params, source, shift_right(target)))
     wanted = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)
@@ -144,22 +147,23 @@ def train_step(params, moments, step, source, target):
 
 
 def average(mean, params, count):
-    """Section 6.1: the mean of count - 1 sets of parameters becomes that of count, with params as the newest."""
+    """Section 6.1: the mean of count sets of parameters, of which params is the last, from the mean of those before."""
     return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
 
 # ---- What the decoder reads ------------------------------------------------------------------------------------------
 
 
-def cross_attention(params, source, target):
+def cross_attention_weights(params, source, target):
     """The weights with which the last decoder layer attends to the source. (..., m), (..., n) -> (..., h, n, m)."""
-    kept = []
+    kept = []  # filled and read within one call, so the function is still pure
 
     def attention_that_keeps_its_weights(query, key, value, mask=None, *, causal=False):
         kept.append(attention_weights(query, key, mask, causal=causal))
         return scaled_dot_product_attention(query, key, value, mask, causal=causal)
 
     memory = encoder(params["encoder"], embed(params, source))
+    # The last layer by itself, for nothing can be kept inside the scan over layers.
     others = jax.tree.map(lambda leaf: leaf[:-1], params["decoder"])
     last = jax.tree.map(lambda leaf: leaf[-1], params["decoder"])
     x = decoder(others, embed(params, shift_right(target)), memory)
@@ -182,7 +186,7 @@ def partition_specs(params):
 
     def spec(path, leaf):
         axis = SPLIT_AXIS.get(path[-1].key)
-        return P() if axis is None else P(*[None] * (leaf.ndim + axis), "model")
+        return P() if axis is None else P(*[None] * (leaf.ndim + axis), "model")  # None for each axis before it
 
     return jax.tree.map_with_path(spec, params)
 
@@ -191,7 +195,10 @@ def partition_specs(params):
 
 
 def random_strings(generator, batch_size, length):
-    """Tokens (b, n) of strings of at most 8 different symbols. Repetition makes the model learn positions."""
+    """Tokens (b, n) of strings of at most 8 different symbols, by a random generator of NumPy.
+
+    Symbols repeat, so that the model must look at positions: what stands before a symbol does not tell what follows.
+    """
     symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
     return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
 
@@ -251,7 +258,7 @@ FLAGS = {  # default, smallest value, meaning
     "--batch-size": (32, 1, "strings in a training step"),
     "--steps": (300, 0, "training steps"),
     "--seed": (0, 0, "seed of all random numbers"),
-    "--model-parallel": (1, 1, "devices that share one layer"),
+    "--model-parallel": (1, 1, "devices that share one layer, a divisor of --num-heads and --d-ff"),
 }
 
 
@@ -314,7 +321,7 @@ def main():
         join_processes()
     text, steps, batch_size = arguments.text, arguments.steps, arguments.batch_size
     generator = np.random.default_rng(arguments.seed)
-    held_out = random_strings(generator, batch_size, len(text))  # never trained on
+    held_out = random_strings(generator, batch_size, len(text))  # what the model is tested on: TEXT and other strings
     held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
 
     def init():
@@ -328,44 +335,43 @@ def main():
     except ValueError as error:
         refuse(error)
 
-    # Where arrays lie: the state as `partition_specs` says, a batch by rows, what is shown whole on every device.
+    # Parameters and moments lie as `partition_specs` says, a batch is split by rows, results are whole on each device.
     mesh = make_mesh(arguments)
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
+    state = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
-    def place(tokens):
+    def place(tokens):  # also where a process has only some of the devices
         return jax.make_array_from_callback(tokens.shape, rows, lambda part: tokens[part])
 
     # Each of these is compiled when it is first called.
-    one_step = jax.jit(train_step, out_shardings=(*places, whole))
+    one_step = jax.jit(train_step, out_shardings=(*state, whole))
     write = jax.jit(generate, out_shardings=whole)
-    look = jax.jit(cross_attention, out_shardings=whole)
+    look = jax.jit(cross_attention_weights, out_shardings=whole)
 
     source, target = place(held_out), place(task(held_out))
     once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
-    params, moments = jax.jit(init, out_shardings=places, compiler_options=once)()
+    params, moments = jax.jit(init, out_shardings=state, compiler_options=once)()
     show_parameters(params)
     show_forward_pass(params, source, target)
 
-    print(f"\n3. Training: {steps} steps on random strings, each to be written backwards\n")
-    averaged, update_mean = min(steps, AVERAGED_STEPS), jax.jit(average)
+    print(f"\n3. Training: {steps} steps on random strings\n")
+    count, update_mean = min(steps, AVERAGED_STEPS), jax.jit(average)
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
         params, moments, value = one_step(params, moments, step, place(strings), place(task(strings)))
-        if step > steps - averaged:
-            mean = update_mean(mean, params, step - (steps - averaged))
+        if step > steps - count:
+            mean = update_mean(mean, params, step - steps + count)
         if step * 6 // steps > (step - 1) * 6 // steps:  # six times
             written = np.asarray(write(params, source))
             right = (written == task(held_out)).mean()
             print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)
 
-    print("\n4. Result: a text that the model never saw\n")
+    print("\n4. Result: what the model makes of TEXT\n")
     last, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
-    counts = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
-    print(f"read     {text}\nwritten  {as_text(written[0])}")
-    print(f"of {batch_size} strings, right to the letter: last parameters {counts[0]}, ", end="")
-    print(f"mean of last {averaged} steps {counts[1]}")
+    right = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
+    print(f"read     {text}\nwritten  {as_text(written[0])}\nof {batch_size} strings, right to the letter: ", end="")
+    print(f"last parameters {right[0]}, mean of last {count} steps {right[1]}")
 
     print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")

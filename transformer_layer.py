@@ -29,19 +29,20 @@ from attention import at_least_float32, broadcasts, floating, scaled_dot_product
 def init_multi_head_attention(rng, d_model, num_heads):
     """The projections of section 3.2.2, without bias: W_i^Q is query[:, i], the rows of W^O for head i are output[i].
 
-    Returns query, key (d, h, k), value (d, h, v), output (h, v, d), Glorot-uniform as matrices d_model x (h d_k).
+    Returns query, key (d, h, k), value (d, h, v), output (h, v, d). Their values are Glorot-uniform: around 0, with the
+    variance 2 / (inputs + outputs) of the matrix d_model x (h d_k).
     Raises ValueError where num_heads does not divide d_model.
     """
     if num_heads < 1 or d_model < 1 or d_model % num_heads:
         raise ValueError(f"num_heads must divide d_model, got {num_heads} heads and a d_model of {d_model}")
     glorot = jax.nn.initializers.glorot_uniform
-    project, output = glorot(in_axis=0, out_axis=(1, 2)), glorot(in_axis=(0, 1), out_axis=2)
+    init_in, init_out = glorot(in_axis=0, out_axis=(1, 2)), glorot(in_axis=(0, 1), out_axis=2)
     rngs, depth = jax.random.split(rng, 4), d_model // num_heads
     return {
-        "query": project(rngs[0], (d_model, num_heads, depth)),
-        "key": project(rngs[1], (d_model, num_heads, depth)),
-        "value": project(rngs[2], (d_model, num_heads, depth)),
-        "output": output(rngs[3], (num_heads, depth, d_model)),
+        "query": init_in(rngs[0], (d_model, num_heads, depth)),
+        "key": init_in(rngs[1], (d_model, num_heads, depth)),
+        "value": init_in(rngs[2], (d_model, num_heads, depth)),
+        "output": init_out(rngs[3], (num_heads, depth, d_model)),
     }
 
 
@@ -53,9 +54,9 @@ def multi_head_attention(params, query, key, value, mask=None, *, causal=False, 
     query (..., n, d), key (..., m, d), value (..., m, d), mask broadcasting to (..., h, n, m) -> (..., n, d).
     `attention` is the function between the projections, with the signature of `scaled_dot_product_attention`.
     """
-    query = _checked("query", query, "n d", params["query"], "d h k")
-    key = _checked("key", key, "m d", params["key"], "d h k")
-    value = _checked("value", value, "m d", params["value"], "d h v")
+    query = _fitting("query", query, "n d", params["query"], "d h k")
+    key = _fitting("key", key, "m d", params["key"], "d h k")
+    value = _fitting("value", value, "m d", params["value"], "d h v")
     heads = attention(
         jnp.einsum("...nd,dhk->...hnk", query, params["query"]),
         jnp.einsum("...md,dhk->...hmk", key, params["key"]),
@@ -86,7 +87,7 @@ def init_feed_forward(rng, d_model, d_ff):
 
 def feed_forward(params, x):
     """Equation 2: FFN(x) = max(0, x W_1 + b_1) W_2 + b_2, the same at each position. x (..., d) -> (..., d)."""
-    x = _checked("x", x, "d", params["w1"], "d f")
+    x = _fitting("x", x, "d", params["w1"], "d f")
     hidden = jax.nn.relu(jnp.einsum("...d,df->...f", x, params["w1"]) + params["b1"])
     return (jnp.einsum("...f,fd->...d", hidden, params["w2"]) + params["b2"]).astype(x.dtype)
 
@@ -106,7 +107,7 @@ def layer_norm(params, x, epsilon=1e-5):
 
     x (..., d) -> (..., d), with mean and variance in at least float32.
     """
-    x = _checked("x", x, "d", params["scale"], "d")
+    x = _fitting("x", x, "d", params["scale"], "d")
     wide = x.astype(at_least_float32(x))
     centered = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(centered).mean(axis=-1, keepdims=True)
@@ -196,7 +197,8 @@ def decoder_layer(
     """Section 3.1: causal self-attention, attention over the encoder's output (memory), then the feed-forward network.
 
     x (..., n, d), memory (..., m, d), mask broadcasting to (..., h, n, n), memory_mask to (..., h, n, m) ->
-    (..., n, d). Queries come from x, keys and values from memory. Without dropout_rng there is no dropout.
+    (..., n, d). mask is for the first attention, memory_mask for the second, where queries come from x, keys and values
+    from memory. Without dropout_rng there is no dropout.
     """
     if not broadcasts(memory.shape[:-2], x.shape[:-2]):
         raise ValueError(f"the leading axes of memory must broadcast to those of x, got {memory.shape} and {x.shape}")
@@ -247,7 +249,7 @@ def _scan_layers(layer, params, x, dropout_rng):
     `jax.lax.scan(step, x, inputs)` is that loop, compiled once whatever the number of layers. It calls step with the x
     so far and with the next layer's slice of the inputs, a tree of arrays that all have a leading layer axis. step
     returns the next x, and an output of its own that scan would stack; here there is none. Without dropout the random
-    keys are None: a tree without arrays, of which each slice is None too.
+    keys are None, and scan hands on None to each layer.
     """
     scale = params["feed_forward_norm"]["scale"]
     if scale.ndim != 2:
@@ -262,7 +264,7 @@ def _scan_layers(layer, params, x, dropout_rng):
     return x
 
 
-def _checked(name, x, axes, weight, weight_axes):
+def _fitting(name, x, axes, weight, weight_axes):
     """x as a floating-point array that fits the weight, or one sentence on what does not."""
     x = floating(name, x)
     if weight.ndim != len(weight_axes.split()):

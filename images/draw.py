@@ -186,7 +186,7 @@ def learned_attention():
     target = source[:, ::-1]
     params = jax.jit(lambda: main.init_model(jax.random.key(0), len(main.SYMBOLS), 1, 64, 1, 128))()
     moments = main.init_adam(params)
-    train_step, write, look = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.cross_attention)
+    train_step, write, look = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.cross_attention_weights)
 
     height = 6.2
     figure, axes = canvas(height)

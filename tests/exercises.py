@@ -154,4 +154,4 @@ def test_window_is_that_of_jax_nn_and_leaves_out_blocks(monkeypatch):
     with jax.disable_jit():  # without jit, a loop runs in Python
         gradients(window)(*(x[0, 0] for x in inputs), 9)
     # With a window of 9, each of ten blocks of queries needs at most three of keys: 27, once forward, once backward.
-    assert 0 < len(computed) <= 2 * 27
+    assert 0 < len(computed) <= 2 * 27, f"{len(computed)} blocks are computed, and at most 54 are needed"

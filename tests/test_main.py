@@ -87,7 +87,7 @@ def test_generate_is_greedy(monkeypatch):
 
 def test_cross_attention_is_that_of_the_last_layer(params):
     """The weights kept by the attention handed in are softmax(Q K^T / sqrt(d_k)) of the last layer, Q from its norm."""
-    weights = jax.jit(main.cross_attention)(params, SOURCE, TARGET)
+    weights = jax.jit(main.cross_attention_weights)(params, SOURCE, TARGET)
     memory = tl.encoder(params["encoder"], main.embed(params, SOURCE))
     first, last = (jax.tree.map(lambda leaf, i=i: leaf[i], params["decoder"]) for i in (0, 1))
     x = tl.decoder_layer(first, main.embed(params, main.shift_right(TARGET)), memory)

@@ -48,11 +48,18 @@ def test_links_lead_to_their_lines():
 
 
 def python_blocks():
-    """The names that the Python blocks define, run one after the other; cuDNN's kernel is XLA's where there is none."""
-    names, blocks = {}, [text for kind, text in BLOCKS if kind == "python"]
+    """The names that the Python blocks define, run one after the other; cuDNN's kernel is XLA's where there is none.
+
+    The last line of each of the five on JAX shows something, with the result as a comment behind it.
+    """
+    names, blocks, shown = {}, [text for kind, text in BLOCKS if kind == "python"], 0
     assert len(blocks) == 6
     for text in blocks:
         exec(text if jax.default_backend() == "gpu" else text.replace('"cudnn"', "None"), names)
+        for expression, result in re.findall(r"^(\S.*?)  # (.*)\n\Z", text, re.MULTILINE):
+            assert str(eval(expression, names)) == result, expression
+            shown += 1
+    assert shown == 5
     return names
 
 
