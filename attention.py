@@ -205,9 +205,12 @@ def _blocks(x, block_size, axis=0):
     A mask is filled up with False, and so hides the zeros that fill the keys.
     """
     length = x.shape[axis]
-    # At least one block, none larger than the axis. These forms also take the symbolic lengths of `jax.export`.
-    size = jax.core.min_dim(block_size, jax.core.max_dim(length, 1))
-    blocks = jax.core.max_dim(-(-length // size), 1)
+    if isinstance(length, int):  # as even as can be: two blocks of 300 positions, not 512 and 88
+        blocks = max(-(-length // block_size), 1)  # rounded up
+        size = max(-(-length // blocks), 1)
+    else:  # a symbolic length of `jax.export`
+        size = jax.core.min_dim(block_size, jax.core.max_dim(length, 1))
+        blocks = jax.core.max_dim(-(-length // size), 1)
     padding = [(0, blocks * size - length if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, padding).reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
 
@@ -215,9 +218,9 @@ def _blocks(x, block_size, axis=0):
 def flash_attention(query, key, value, mask=None, *, causal=False, block_size=512):
     """Equation 1 one block at a time, by the loop that `_add_block` shows: FlashAttention-2 (arXiv 2307.08691).
 
-    Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m. `causal=True`
-    also saves time: blocks that lie wholly in the future are left out. A block is block_size queries by block_size
-    keys; 512 is good on a CPU, 1,024 or 2,048 on a GPU.
+    Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m, save for a
+    mask with n rows. `causal=True` also saves time: blocks that lie wholly in the future are left out. A block is at
+    most block_size queries by block_size keys; 512 is good on a CPU, 1,024 or 2,048 on a GPU.
     Forward mode (`jax.jvp`), and reverse mode twice where causal, need `scaled_dot_product_attention`.
     Also raises ValueError for a block_size that is not an int of at least 1.
     """
@@ -227,11 +230,11 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     mask = jnp.atleast_2d(True if mask is None else mask)
 
     def one_head(query, key, value, mask):
-        (n, d_v), m = (query.shape[0], value.shape[1]), key.shape[0]
+        n, m = query.shape[0], key.shape[0]
         mask = jnp.broadcast_to(mask, (mask.shape[0], m))  # one row for all queries stays one row
         mask = _blocks(_blocks(mask, block_size, axis=1), block_size)
         query, key, value = (_blocks(x, block_size) for x in (query, key, value))
-        return _flash(query, key, value, mask, causal).reshape(-1, d_v)[:n]
+        return jax.lax.collapse(_flash(query, key, value, mask, causal), 0, 2)[:n]  # (blocks, size, v) -> (n, v)
 
     # `jnp.vectorize` maps it over all leading axes, which broadcast. (a, b) is (n, m), or has 1 for either.
     return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)

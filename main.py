@@ -347,6 +347,7 @@ def main():
     one_step = jax.jit(train_step, out_shardings=(*state, whole))
     write = jax.jit(generate, out_shardings=whole)
     look = jax.jit(cross_attention_weights, out_shardings=whole)
+    update_mean = jax.jit(average)
 
     source, target = place(held_out), place(task(held_out))
     once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
@@ -355,13 +356,14 @@ def main():
     show_forward_pass(params, source, target)
 
     print(f"\n3. Training: {steps} steps on random strings\n")
-    count, update_mean = min(steps, AVERAGED_STEPS), jax.jit(average)
+    averaged = min(steps, AVERAGED_STEPS)
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
         params, moments, value = one_step(params, moments, step, place(strings), place(task(strings)))
-        if step > steps - count:
-            mean = update_mean(mean, params, step - steps + count)
+        count = step - (steps - averaged)
+        if count > 0:
+            mean = update_mean(mean, params, count)
         if step * 6 // steps > (step - 1) * 6 // steps:  # six times
             written = np.asarray(write(params, source))
             right = (written == task(held_out)).mean()
@@ -371,7 +373,7 @@ def main():
     last, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
     right = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
     print(f"read     {text}\nwritten  {as_text(written[0])}\nof {batch_size} strings, right to the letter: ", end="")
-    print(f"last parameters {right[0]}, mean of last {count} steps {right[1]}")
+    print(f"last parameters {right[0]}, mean of last {averaged} steps {right[1]}")
 
     print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")

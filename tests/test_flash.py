@@ -98,16 +98,26 @@ def test_half_precision(dtype):
             np.testing.assert_allclose(actual.astype(float), exact, atol=tolerance)
 
 
+@pytest.mark.parametrize("score", [-2e5, 2e5])
+def test_large_scores(score):
+    """Equal scores share the weight equally, however far from zero they are."""
+    query, key, weight = jnp.full((5, 1), score), jnp.ones((5, 1)), jnp.ones((5, 6))
+    flashed, plained = both(query, key, arrays((5, 6))[0], None, weight, True, 2)
+    np.testing.assert_allclose(flashed[0], plained[0], atol=1e-6)
+    # The backward pass takes a weight from the difference of two numbers as large as the score, each of 24 bits.
+    np.testing.assert_allclose(flashed[3], plained[3], rtol=0.02)
+
+
 def test_dtypes_mix():
     """A value of another dtype than query and key gives the plain function's dtype and numbers."""
     with enable_x64(True):
         query, key = arrays((5, 4), (5, 4))
         (value,) = arrays((5, 6), dtype=jnp.float64)
         mask = np.arange(5)[:, None] != 2
-        for v in (value, value.astype(jnp.bfloat16)):
+        for v in (value, 1e300 * value, value.astype(jnp.bfloat16)):
             output, expected = flash(query, key, v, mask, block_size=2), plain(query, key, v, mask)
             assert output.dtype == expected.dtype == v.dtype
-            tolerance = max(1e-6, 2 * float(jnp.finfo(v.dtype).eps) * abs(value).max())
+            tolerance = max(1e-6, 2 * float(jnp.finfo(v.dtype).eps)) * abs(v).max().astype(float)
             np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=tolerance)
 
 

@@ -71,17 +71,18 @@ def test_dropout_of_encoder_and_decoder_differs(params, monkeypatch):
 def test_generate_is_greedy(monkeypatch):
     """Each token is the likeliest one after START and the tokens so far, but never START itself.
 
-    The model is one whose answer is plain: token i is 1 + (source i + the sum of the target so far) mod 10.
+    The model is one whose answer is plain: token i is 1 + (source i + the sum of the target so far + its last token)
+    mod 10.
     """
 
     def plain_model(params, source, target):
-        wanted = 1 + (source + jnp.cumsum(target, axis=-1)) % 10
+        wanted = 1 + (source + jnp.cumsum(target, axis=-1) + target) % 10
         return jax.nn.one_hot(wanted, 11) + 2 * jax.nn.one_hot(main.START, 11)
 
     monkeypatch.setattr(main, "model", plain_model)
     written = []
     for i in range(SOURCE.shape[1]):
-        written.append(1 + (SOURCE[:, i] + sum(written)) % 10)
+        written.append(1 + (SOURCE[:, i] + sum(written) + (written[-1] if written else main.START)) % 10)
     np.testing.assert_array_equal(jax.jit(lambda: main.generate({}, SOURCE))(), np.stack(written, axis=1))
 
 
@@ -149,11 +150,15 @@ def test_the_default_run_reverses_a_text_it_never_saw(default_run):
         int, re.search(r"last parameters (\d+), mean of last 50 steps (\d+)$", output, re.MULTILINE).groups()
     )
     assert mean >= max(last, 31)
+    right = float(re.findall(r"right +([\d.]+)%", output)[-1])
+    assert (last == 32) == (right == 100)  # all strings are right where all symbols are
     assert all(len(line) <= 80 for line in output.splitlines())
     heat_maps = output.splitlines()[-len(TEXT) :]
     darkest = [line.find("█", 2 + len(TEXT) + 4 + 2) - (2 + len(TEXT) + 4 + 2) for line in heat_maps]
     # Position i of the output is read at position i from the end; a weight may be split between two neighbours.
     assert sum(column == len(TEXT) - 1 - row for row, column in enumerate(darkest)) >= len(TEXT) - 4
+    before = [line.ljust(80)[2 : 2 + len(TEXT)].find("█") for line in heat_maps]
+    assert sum(column == len(TEXT) - 1 - row for row, column in enumerate(before)) <= 4
 
 
 def test_readme_shows_this_run(default_run):
@@ -191,6 +196,7 @@ def test_flags_seed_encoding_and_no_steps(monkeypatch):
         "(2, 16, 24)",  # layers, d_model, d_ff
         "(8, 5, 96)",  # logits: batch size, length, symbols
         "step     7  loss",
+        "right to the letter: last parameters 0, mean of last 7 steps 0",
         "5. Attention over the source in decoder layer 2: before training | after",
     ):
         assert expected in blocks
