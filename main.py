@@ -277,13 +277,15 @@ def parse_arguments():
     text = "attention is all you need"
     parser.add_argument("text", metavar="TEXT", nargs="*", default=[text], help=f"what to reverse (default: {text})")
     for flag, (default, _, meaning) in FLAGS.items():
-        parser.add_argument(flag, metavar="N", type=int, default=default, help=f"{meaning} (default: {default})")
+        parser.add_argument(flag, metavar="N", default=str(default), help=f"{meaning} (default: {default})")
     parser.add_argument("--distributed", action="store_true", help="join the processes that mpirun or srun started")
     arguments = parser.parse_args()
     for flag, (_, smallest, _) in FLAGS.items():
-        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
-        if not smallest <= value < 2**31:
-            refuse(f"{flag} must be an integer from {smallest} to 2^31 - 1, got {value}")
+        name = flag.removeprefix("--").replace("-", "_")
+        value = getattr(arguments, name)
+        if not (value.isdecimal() and smallest <= int(value) < 2**31):
+            refuse(f"{flag} must be an integer from {smallest} to 2^31 - 1, got {value!a}")
+        setattr(arguments, name, int(value))
     if len(arguments.text) > 1:
         refuse(f'TEXT of several words needs quotes: python main.py "{" ".join(arguments.text)}"')
     arguments.text = arguments.text[0]

@@ -218,12 +218,12 @@ def test_flags_seed_encoding_and_no_steps(monkeypatch):
         ([""], "TEXT must be one or more printable ASCII symbols, got ''"),
         (["two", "words"], 'TEXT of several words needs quotes: python main.py "two words"'),
         *(
-            ([flag, "0"], f"{flag} must be an integer from 1 to 2^31 - 1, got 0")
+            ([flag, "0"], f"{flag} must be an integer from 1 to 2^31 - 1, got '0'")
             for flag in ("--d-model", "--num-heads", "--num-layers", "--d-ff", "--batch-size", "--model-parallel")
         ),
-        (["--steps", "-1"], "--steps must be an integer from 0 to 2^31 - 1, got -1"),
-        (["--seed", "1.5"], "argument --seed: invalid int value: '1.5'"),
-        (["--seed", "2147483648"], "--seed must be an integer from 0 to 2^31 - 1, got 2147483648"),
+        (["--steps", "-1"], "--steps must be an integer from 0 to 2^31 - 1, got '-1'"),
+        (["--seed", "1.5"], "--seed must be an integer from 0 to 2^31 - 1, got '1.5'"),
+        (["--seed", "2147483648"], "--seed must be an integer from 0 to 2^31 - 1, got '2147483648'"),
         (["--d-model", "9"], "d_model must be even, for sines and cosines come in pairs, got 9"),
         (["--num-heads", "3"], "num_heads must divide d_model, got 3 heads and a d_model of 64"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
