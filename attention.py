@@ -25,7 +25,7 @@ def causal_mask(length):
 
 
 def padding_mask(lengths, max_length):
-    """Every query may attend to the first `lengths` keys of max_length. The other keys are padding.
+    """Queries may attend to the first `lengths` of max_length keys. The other keys are padding.
 
     lengths: (...,) integers, one for each sequence. Returns a boolean mask (..., 1, 1, max_length). The two axes of
     length 1 broadcast over heads and queries; for arrays without heads, take [..., 0, :, :].
@@ -42,8 +42,8 @@ def attention_weights(query, key, mask=None, *, causal=False):
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
     A key that the mask hides gets the weight 0. A query that may attend to nothing gets a row of zeros.
-    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. Given as a flag and not as a mask, it lets
-    `flash_attention` skip the future.
+    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. As a flag, it lets
+    `flash_attention` skip keys in the future.
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """
@@ -78,12 +78,12 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 
 def _add_block(maximum, denominator, weighted_sum, scores, value):
-    """One step of FlashAttention: from the sums over the keys so far to those over one more block of keys.
+    """One step of FlashAttention: add one more block of keys to the two sums over the keys so far.
 
     For a query with the scores s_1, ..., s_m, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be taken
-    block by block. But exp(s_j) overflows for a large score. So the sums are of exp(s_j - maximum) instead, with the
-    largest score so far; the quotient stays the same. When a block brings a larger score, what is already summed is
-    multiplied by exp(old maximum - new maximum). The whole loop, for one block of queries Q_i:
+    block by block. But exp(s_j) overflows for a large score. So both sums take exp(s_j - maximum), with the largest
+    score so far as the maximum; their quotient is the same. When a block brings a larger score, what is already summed
+    is multiplied by exp(old maximum - new maximum). The whole loop, for one block of queries Q_i:
 
         maximum, denominator, weighted_sum = -infinity, 0, 0
         for K_j, V_j in blocks of keys and values:
@@ -138,11 +138,11 @@ def _forward(query, key, value, mask, causal):
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
         nothing = denominator == 0  # what may attend to nothing gets zeros
         output_i = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
-        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))  # of the sum of exp(s_j) itself, L in the paper
+        log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))  # log(sum_j exp(s_j)), L in FlashAttention-2
         # Once compiled, `x.at[i].set(y)` writes into x itself, for nobody needs the old x.
         return output.at[i].set(output_i), log_denominator.at[i].set(log_i)
 
-    # Like query also in how `jax.shard_map` spreads it over devices, which `jnp.zeros` would not be.
+    # Under `jax.shard_map`, zeros_like(query) lies on the devices as query does; `jnp.zeros` does not.
     output = jnp.zeros_like(query, shape=(blocks, n, d_v), dtype=value.dtype)
     log_denominator = jnp.zeros_like(query, shape=(blocks, n, 1), dtype=dtype)
     output, log_denominator = jax.lax.fori_loop(0, blocks, attend, (output, log_denominator))
@@ -153,7 +153,7 @@ def _backward(causal, saved, d_output):
     """Algorithm 2 of FlashAttention-2: from the gradient dO of the output to dQ, dK and dV, all in blocks.
 
     The weights P are computed again, as exp(scores - log_denominator). The derivatives of the products are dV = P^T dO
-    and dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). Between them, that of the softmax is
+    and dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). The derivative of the softmax is
     dS = P * (dP - D). Here D = rowsum(P * dP), which is rowsum(dO * O) and needs no n x m matrix.
     """
     query, key, value, mask, output, log_denominator = saved
@@ -190,7 +190,7 @@ def _backward(causal, saved, d_output):
 def _flash(query, key, value, mask, causal):
     """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative.
 
-    In reverse, JAX can't differentiate a loop whose end depends on i. Of other loops it would keep all n x m weights.
+    JAX has no gradient of a loop whose end depends on i. For any other loop, it would store all n x m weights.
     Argument 4, causal, is not an array: `_backward` gets it first, then what `_forward` kept.
     """
     return _forward(query, key, value, mask, causal)[0]
@@ -221,7 +221,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     Arguments, result and errors are those of `scaled_dot_product_attention`. Memory is linear in n and m, save for a
     mask with n rows. `causal=True` also saves time: blocks that lie wholly in the future are left out. A block is at
     most block_size queries by block_size keys; 512 is good on a CPU, 1,024 or 2,048 on a GPU.
-    Forward mode (`jax.jvp`), and reverse mode twice where causal, need `scaled_dot_product_attention`.
+    For `jax.jvp`, or for a causal gradient of a gradient, take `scaled_dot_product_attention`.
     Also raises ValueError for a block_size that is not an int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
@@ -236,7 +236,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         query, key, value = (_blocks(x, block_size) for x in (query, key, value))
         return jax.lax.collapse(_flash(query, key, value, mask, causal), 0, 2)[:n]  # (blocks, size, v) -> (n, v)
 
-    # `jnp.vectorize` maps it over all leading axes, which broadcast. (a, b) is (n, m), or has 1 for either.
+    # `jnp.vectorize` maps it over all leading axes, which broadcast. The mask's a is n or 1, its b is m or 1.
     return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)
 
 

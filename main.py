@@ -66,7 +66,7 @@ def embed(params, tokens):
 
 
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
-    """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s) of the tokens after target's.
+    """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s): after each token, the next.
 
     mask (..., 1, 1, m), such as a `padding_mask`, hides positions of the source from both stacks. The options are those
     that `encoder` and `decoder` share: attention and dropout_rate. Unlike in section 5.4, embeddings have no dropout.
@@ -107,8 +107,8 @@ def generate(params, source):
 def loss(params, source, target):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
-    Of the wanted distribution, 0.9 goes to the wanted token, and 0.1 evenly to all symbols, that one included. There is
-    no dropout here: every batch is new, so there is nothing to overfit.
+    The wanted token should get 0.9 of the probability. 0.1 is spread evenly over all symbols, that one too. There is no
+    dropout here: every batch is new, so there is nothing to overfit.
     """
     log_probabilities = jax.nn.log_softmax(model(params, source, shift_right(target)))
     wanted = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)
@@ -147,7 +147,7 @@ def train_step(params, moments, step, source, target):
 
 
 def average(mean, params, count):
-    """Section 6.1: the mean of count sets of parameters, of which params is the last, from the mean of those before."""
+    """Section 6.1: the mean of count sets of parameters: params is the last set, mean is the mean of the others."""
     return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
 
@@ -173,7 +173,7 @@ def cross_attention_weights(params, source, target):
 
 # ---- More devices, more machines -------------------------------------------------------------------------------------
 
-# What is split over the devices, as an axis counted from the last: heads and d_ff (Megatron-LM, arXiv 1909.08053).
+# The axis that is split over the devices, counted from the last: heads or d_ff (Megatron-LM, arXiv 1909.08053).
 SPLIT_AXIS = {"query": -2, "key": -2, "value": -2, "output": -3, "w1": -1, "b1": -1, "w2": -2}
 
 
@@ -243,6 +243,7 @@ def show_attention(before, after, written, text):
         shades = " .:*#"
     for heads in zip(before, after, strict=True):
         print(f"  {text}      {text}")
+        # Numbers 0, ..., len(shades) - 1: the 0.01 is for the largest weight.
         maps = [(weights / weights.max() * (len(shades) - 0.01)).astype(int) for weights in heads]
         for symbol, *rows in zip(written, *maps, strict=True):
             print("    ".join(f"{symbol} {''.join(shades[cell] for cell in row)}" for row in rows).rstrip())
@@ -305,7 +306,7 @@ def join_processes():
 
 
 def make_mesh(arguments):
-    """The devices of all processes as a mesh ("data", "model"). A size that it does not divide is refused."""
+    """The devices of all processes as a mesh ("data", "model"). Sizes that do not divide are refused."""
     devices, parts = jax.device_count(), arguments.model_parallel
     sizes = {"the number of devices": devices, "--num-heads": arguments.num_heads, "--d-ff": arguments.d_ff}
     for name, size in sizes.items():
@@ -342,31 +343,28 @@ def main():
     state = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
     rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
-    def place(tokens):  # also where a process has only some of the devices
-        return jax.make_array_from_callback(tokens.shape, rows, lambda part: tokens[part])
-
     # Each of these is compiled when it is first called.
     one_step = jax.jit(train_step, out_shardings=(*state, whole))
     write = jax.jit(generate, out_shardings=whole)
     look = jax.jit(cross_attention_weights, out_shardings=whole)
     update_mean = jax.jit(average)
 
-    source, target = place(held_out), place(task(held_out))
+    source, target = jax.device_put((held_out, task(held_out)), rows)
     once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
     params, moments = jax.jit(init, out_shardings=state, compiler_options=once)()
     show_parameters(params)
     show_forward_pass(params, source, target)
 
     print(f"\n3. Training: {steps} steps on random strings\n")
-    averaged = min(steps, AVERAGED_STEPS)
+    averaged, shown = min(steps, AVERAGED_STEPS), {i * steps // 6 for i in range(1, 7)}
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
-        params, moments, value = one_step(params, moments, step, place(strings), place(task(strings)))
+        params, moments, value = one_step(params, moments, step, *jax.device_put((strings, task(strings)), rows))
         count = step - (steps - averaged)
         if count > 0:
             mean = update_mean(mean, params, count)
-        if step * 6 // steps > (step - 1) * 6 // steps:  # six times
+        if step in shown:
             written = np.asarray(write(params, source))
             right = (written == task(held_out)).mean()
             print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)

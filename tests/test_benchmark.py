@@ -31,7 +31,7 @@ def test_jax_nn_as_the_attention_of_a_layer():
 
 
 def test_quick_benchmark_prints_its_tables(quick_benchmark):
-    """`python tests/benchmark.py --quick` prints the three tables of README, with every contestant in them."""
+    """`python tests/benchmark.py --quick` prints its three tables, with every contestant in them."""
     assert (quick_benchmark.returncode, quick_benchmark.stderr) == (0, "")
     for expected in ("| n |  | plain | flash | jax.nn |", "| 64 | gradient |", "| encoder_layer |"):
         assert expected in quick_benchmark.stdout

@@ -98,7 +98,7 @@ def test_commands_are_understood(monkeypatch, command):
 
     The runs themselves are tested in test_main.py, test_scale.py and test_benchmark.py, the first two by CI.
     """
-    script, *arguments = shlex.split(command.replace("NAME", "rotary").removeprefix("python "))
+    script, *arguments = shlex.split(command.replace("NAME", "rotary").removeprefix("python "), comments=True)
     if script == "-m":  # pytest
         script, arguments = next((word for word in arguments if word.startswith("tests/")), "tests/conftest.py"), []
     assert (ROOT / script).is_file()
