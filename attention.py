@@ -42,8 +42,8 @@ def attention_weights(query, key, mask=None, *, causal=False):
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
     A key that the mask hides gets the weight 0. A query that may attend to nothing gets a row of zeros.
-    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. As a flag, it lets
-    `flash_attention` skip keys in the future.
+    `causal=True` does what the mask `causal_mask(n)` does, and needs n = m. As a flag, it lets `flash_attention` skip
+    keys in the future.
     Raises TypeError for inputs that are not floating point or a mask that is not boolean, ValueError for shapes that
     do not fit together.
     """
@@ -132,10 +132,12 @@ def _forward(query, key, value, mask, causal):
         def step(j, sums):
             return _add_block(*sums, _block_scores(query, key, mask, causal, i, j), value[j])
 
-        zero, zeros = (jnp.zeros_like(query, shape=(n, size), dtype=dtype) for size in (1, d_v))
-        sums = zero - 3e38, zero, zeros  # a maximum below any usual score, but finite: -infinity - -infinity is NaN
+        denominator = jnp.zeros_like(query, shape=(n, 1), dtype=dtype)
+        maximum = denominator - 3e38  # below any usual score, but finite: -infinity - -infinity is NaN
+        weighted_sum = jnp.zeros_like(query, shape=(n, d_v), dtype=dtype)
         stop = i + 1 if causal else key.shape[0]  # causality leaves the blocks of keys 0, ..., i
-        maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, step, sums)
+        sums = jax.lax.fori_loop(0, stop, step, (maximum, denominator, weighted_sum))
+        maximum, denominator, weighted_sum = sums
         nothing = denominator == 0  # what may attend to nothing gets zeros
         output_i = jnp.where(nothing, 0, weighted_sum / denominator).astype(value.dtype)
         log_i = jnp.where(nothing, 0, maximum + jnp.log(denominator))  # log(sum_j exp(s_j)), L in FlashAttention-2
@@ -154,7 +156,7 @@ def _backward(causal, saved, d_output):
 
     The weights P are computed again, as exp(scores - log_denominator). The derivatives of the products are dV = P^T dO
     and dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). The derivative of the softmax is
-    dS = P * (dP - D). Here D = rowsum(P * dP), which is rowsum(dO * O) and needs no n x m matrix.
+    dS = P * (dP - D). Here D = rowsum(P * dP), which is rowsum(dO * O) and needs no n x m matrix: row_sums below.
     """
     query, key, value, mask, output, log_denominator = saved
     dtype = log_denominator.dtype
