@@ -3,7 +3,8 @@
     python main.py [TEXT]
 
 shows the parameters, runs a jitted forward pass, trains the model to write strings backwards, lets it write TEXT
-backwards, and draws what the decoder reads for each symbol. The axes, in shapes and einsum strings:
+backwards, and draws what the decoder reads for each symbol. The first half of this file is the model, its training and
+how it is spread over devices. The second half is the program. The axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
