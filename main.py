@@ -383,4 +383,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as `head`, has left
+        sys.stdout = None  # or else Python complains once more when it ends

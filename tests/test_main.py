@@ -210,6 +210,16 @@ def test_flags_seed_encoding_and_no_steps(monkeypatch):
         assert line.ljust(18)[2:7] == line.ljust(18)[13:18]
 
 
+def test_a_reader_who_leaves():
+    """`python main.py | head -1`: when nobody reads any more, the program ends without a word."""
+    program = [*PROGRAM, *SMALL, "--steps", "0", "Hello"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # output waits in a buffer, as it does unless asked otherwise
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(program, env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
