@@ -210,14 +210,19 @@ def test_flags_seed_encoding_and_no_steps(monkeypatch):
         assert line.ljust(18)[2:7] == line.ljust(18)[13:18]
 
 
-def test_a_reader_who_leaves():
-    """`python main.py | head -1`: when nobody reads any more, the program ends without a word."""
-    program = [*PROGRAM, *SMALL, "--steps", "0", "Hello"]
+@early
+def run_without_a_reader():
+    """What main.py writes to standard error where nobody reads its standard output any more."""
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # output waits in a buffer, as it does unless asked otherwise
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    with subprocess.Popen(program, env=environment, **pipes) as process:
+    with subprocess.Popen([*PROGRAM, *SMALL, "--steps", "0", "Hello"], env=environment, **pipes) as process:
         process.stdout.close()
-        assert process.stderr.read() == ""
+        return process.stderr.read()
+
+
+def test_a_reader_who_leaves(run_without_a_reader):
+    """`python main.py | head -1` ends without a traceback."""
+    assert run_without_a_reader == ""
 
 
 @pytest.mark.parametrize(
