@@ -154,6 +154,7 @@ def _forward(query, key, value, mask, causal):
 def _backward(causal, saved, d_output):
     """Algorithm 2 of FlashAttention-2: from the gradient dO of the output to dQ, dK and dV, all in blocks.
 
+    d_output (blocks, n, v) -> gradients with the shapes of query, key and value.
     The weights P are computed again, as exp(scores - log_denominator). The derivatives of the products are dV = P^T dO
     and dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). The derivative of the softmax is
     dS = P * (dP - D). Here D = rowsum(P * dP), which is rowsum(dO * O) and needs no n x m matrix: row_sums below.
@@ -190,7 +191,7 @@ def _backward(causal, saved, d_output):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(query, key, value, mask, causal):
-    """Attention in blocks. `jax.custom_vjp` makes `_backward` its derivative.
+    """Attention in blocks, shapes as in `_forward`. `jax.custom_vjp` makes `_backward` its derivative.
 
     JAX has no gradient of a loop whose end depends on i. For any other loop, it would store all n x m weights.
     Argument 4, causal, is not an array: `_backward` gets it first, then what `_forward` kept.

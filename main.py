@@ -196,7 +196,7 @@ def partition_specs(params):
 
 
 def random_strings(generator, batch_size, length):
-    """Tokens (b, n) of strings of at most 8 different symbols, by a random generator of NumPy.
+    """Tokens (batch_size, length) of strings of at most 8 different symbols, by a random generator of NumPy.
 
     Symbols repeat, so that the model must look at positions: what stands before a symbol does not tell what follows.
     """
@@ -362,7 +362,7 @@ def main():
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
         params, moments, value = one_step(params, moments, step, *jax.device_put((strings, task(strings)), rows))
-        count = step - (steps - averaged)
+        count = step - (steps - averaged)  # of the steps that are averaged, up to this one
         if count > 0:
             mean = update_mean(mean, params, count)
         if step in shown:
@@ -372,9 +372,9 @@ def main():
 
     print("\n4. Result: what the model makes of TEXT\n")
     last, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
-    right = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
+    counts = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
     print(f"read     {text}\nwritten  {as_text(written[0])}\nof {batch_size} strings, right to the letter: ", end="")
-    print(f"last parameters {right[0]}, mean of last {averaged} steps {right[1]}")
+    print(f"last parameters {counts[0]}, mean of last {averaged} steps {counts[1]}")
 
     print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
     print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")

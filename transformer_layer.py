@@ -12,8 +12,8 @@ The results have the dtype of their input x (or query), whatever the dtype of th
 
 `jax.jit` first runs a function on shapes alone. That is called tracing. An `if causal:` is decided in that run, and
 `attention` is called in it. So JAX must know both by then: they are static arguments. To compile a layer, write
-`jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. Bad arguments raise while tracing: ValueError
-for shapes and values, TypeError for dtypes.
+`jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. Bad arguments raise while tracing: ValueError for
+shapes and values, TypeError for dtypes.
 """
 
 import functools
@@ -29,8 +29,8 @@ from attention import at_least_float32, broadcasts, floating, scaled_dot_product
 def init_multi_head_attention(rng, d_model, num_heads):
     """The projections of section 3.2.2, without bias: W_i^Q is query[:, i], the rows of W^O for head i are output[i].
 
-    Returns query, key (d, h, k), value (d, h, v), output (h, v, d). Their values are Glorot-uniform:
-    uniform around 0, with the variance 2 / (d_model + h d_k).
+    Returns query, key (d, h, k), value (d, h, v), output (h, v, d). Their values are Glorot-uniform: uniform around 0,
+    with the variance 2 / (d_model + h d_k).
     Raises ValueError where num_heads does not divide d_model.
     """
     if num_heads < 1 or d_model < 1 or d_model % num_heads:
@@ -146,8 +146,8 @@ def encoder_layer(
 ):
     """Section 3.1: self-attention, then the feed-forward network, each as LayerNorm(x + Dropout(Sublayer(x))).
 
-    x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). For a batch, one mask for
-    each sequence is (batch, 1, n, n).
+    x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). For a batch, one mask for each sequence
+    is (batch, 1, n, n).
     `causal=True` makes it the layer of a decoder-only model (GPT). Without dropout_rng there is no dropout.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng, 2)

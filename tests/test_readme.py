@@ -37,6 +37,14 @@ def test_the_claims_that_readme_names():
         assert f"{claim}." in claims
 
 
+def test_verbose_output_is_the_list_of_claims(capsys):
+    """`python -m pytest tests/test_paper.py -v` shows each test's claim below its name."""
+    name = "test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root"
+    assert pytest.main([f"{test_paper.__file__}::{name}", "-v", "-p", "no:cacheprovider"]) == 0
+    claim = getattr(test_paper, name).__doc__.splitlines()[0]
+    assert re.search(rf"::{name} PASSED\n    {re.escape(claim)}", capsys.readouterr().out)
+
+
 def test_links_lead_to_their_lines():
     """The guided reading links each function to the line of its definition; all linked files exist."""
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
