@@ -26,19 +26,6 @@ gc.disable()  # to look through all that JAX has traced, again and again, takes 
 from common import EARLY  # noqa: E402 - only now may JAX be used
 
 
-def pytest_itemcollected(item):
-    """A test of test_paper.py is about a claim of the paper: the first line of its docstring."""
-    if item.module.__name__ == "test_paper":
-        item.user_properties.append(("claim", item.function.__doc__.splitlines()[0]))
-
-
-def pytest_report_teststatus(report, config):
-    """With -v, show the claim below the name of its test."""
-    claim = dict(report.user_properties).get("claim")
-    if claim and report.when == "call" and config.option.verbose > 0:
-        return report.outcome, "." if report.passed else "F", f"{report.outcome.upper()}\n    {claim}"
-
-
 def pytest_collection_modifyitems(items):
     """What waits for a program comes last."""
     items.sort(key=lambda item: not EARLY.keys().isdisjoint(item.fixturenames))

@@ -152,12 +152,16 @@ X = np.zeros((2, 4, 6), np.float32)
     [
         (TypeError, "query must be floating point, got int32", (X.astype(np.int32), X, X)),
         (TypeError, "value must be floating point, got bool", (X, X, X.astype(bool))),
-        (ValueError, r"key must have at least two axes \(positions, depth\), got shape \(6,\)", (X, X[0, 0], X)),
-        (ValueError, "query and key must have the same depth d_k of at least 1, got 6 and 5", (X, X[..., :5], X)),
-        (ValueError, "query and key must have the same depth d_k of at least 1, got 0", (X[..., :0], X[..., :0], X)),
+        (ValueError, r"key must have at least two axes \(positions, dimension\), got shape \(6,\)", (X, X[0, 0], X)),
+        (ValueError, "query and key must have the same dimension d_k of at least 1, got 6 and 5", (X, X[..., :5], X)),
+        (
+            ValueError,
+            "query and key must have the same dimension d_k of at least 1, got 0",
+            (X[..., :0], X[..., :0], X),
+        ),
         (ValueError, "key and value must have the same length m, got 4 and 3", (X, X, X[:, :3])),
         (ValueError, "leading axes of query, key and value must broadcast", (X, X, np.zeros((3, 4, 6), np.float32))),
-        (TypeError, "mask must be boolean, True where a query may attend, got float32", (X, X, X, X[0, :, :4])),
+        (TypeError, r"mask must be boolean \(True: may attend\), got float32", (X, X, X, X[0, :, :4])),
         (ValueError, r"mask must broadcast to .* = \(2, 4, 4\), got shape \(3,\)", (X, X, X, np.ones(3, bool))),
         (ValueError, "mask must broadcast", (X, X, X, np.ones((1, 2, 4, 4), bool))),
         (ValueError, "mask must broadcast", (X[:1], X[:1], X[:1], np.ones((2, 4, 4), bool))),
@@ -171,7 +175,7 @@ def test_bad_input(error, message, arguments):
 
 def test_bad_causal_and_lengths():
     """Causal attention needs n = m and a Python bool; padding_mask needs integers."""
-    with pytest.raises(ValueError, match="causal attention needs as many queries as keys, got 4 and 3"):
+    with pytest.raises(ValueError, match="causal attention requires as many queries as keys, got 4 and 3"):
         attention_weights(X, X[:, :3], causal=True)
     with pytest.raises(TypeError, match="causal must be a Python bool"):
         jax.jit(scaled_dot_product_attention)(X, X, X, causal=True)

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -189,18 +190,48 @@ def test_strict_dtype_promotion():
             both(*inputs[:3], np.eye(5, dtype=bool), inputs[3], True, 2)
 
 
-def test_export_with_symbolic_shapes():
-    """One exported program serves every batch and length, also lengths below the block size."""
-    export = pytest.importorskip("jax.export")  # which in the oldest versions needs a package that JAX does not bring
-    batch, n, m = export.symbolic_shape("batch, n, m")
-    shapes = [(batch, n, 4), (batch, m, 4), (batch, m, 6)]
-    function = jax.jit(jax.grad(lambda *qkv: jnp.square(flash_attention(*qkv, block_size=4)).sum(), argnums=(0, 1, 2)))
-    exported = export.export(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    for batch, n, m in ((2, 3, 9), (1, 6, 2)):
-        inputs = arrays((batch, n, 4), (batch, m, 4), (batch, m, 6))
-        expected = jax.grad(lambda *qkv: jnp.square(plain(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
-        for actual, gradient in zip(exported.call(*inputs), expected, strict=True):
-            np.testing.assert_allclose(actual, gradient, atol=2e-6)
+def test_export():
+    """The gradient can be exported with `jax.export`."""
+    inputs = arrays((2, 5, 4), (2, 7, 4), (2, 7, 6))
+    gradient = jax.jit(jax.grad(lambda *qkv: flash_attention(*qkv, block_size=4).sum(), argnums=(0, 1, 2)))
+    program = jax.export.export(gradient)(*inputs)
+    for actual, expected in zip(program.call(*inputs), gradient(*inputs), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_calls_outside_jit_compile_once(caplog):
+    """From the second call with the same shapes on, nothing is compiled, with gradients or without."""
+    x = arrays((2, 9, 4))[0]
+    for function in (
+        lambda x: flash_attention(x, x, x, causal=True, block_size=4),
+        jax.grad(lambda x: flash_attention(x, x, x, causal=True, block_size=4).sum()),
+    ):
+        compiled = []
+        for _ in range(3):
+            caplog.clear()
+            with jax.log_compiles():
+                function(x)
+            compiled.append(sum("Compiling" in record.getMessage() for record in caplog.records))
+        assert compiled[0] > 0
+        assert compiled[2] == 0
+
+
+@pytest.mark.parametrize(("causal", "outer"), [(False, "reverse"), (False, "forward"), (True, "forward")])
+def test_second_derivatives(causal, outer):
+    """The gradient's derivative is the plain function's, with fully masked queries and a padded last block."""
+    inputs = arrays((5, 4), (5, 4), (5, 6))
+    mask = np.random.default_rng(1).random((5, 5)) < 0.7
+    mask[2] = False
+
+    def second(attention):
+        gradient = jax.grad(lambda qkv: jnp.square(attention(*qkv, mask, causal=causal)).sum())
+        if outer == "forward":
+            return jax.jvp(gradient, [inputs], [inputs])[1]
+        return jax.grad(lambda qkv: sum(jnp.sin(x).sum() for x in gradient(qkv)))(inputs)
+
+    actual = jax.jit(lambda: second(functools.partial(flash_attention, block_size=3)))()
+    for a, b in zip(actual, jax.jit(lambda: second(scaled_dot_product_attention))(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_what_only_the_plain_function_has():

@@ -240,7 +240,7 @@ def test_a_reader_who_leaves(run_without_a_reader):
         (["--seed", "1.5"], "--seed must be an integer from 0 to 2^31 - 1, got '1.5'"),
         (["--seed", "2147483648"], "--seed must be an integer from 0 to 2^31 - 1, got '2147483648'"),
         (["--d-model", "9"], "d_model must be even, for sines and cosines come in pairs, got 9"),
-        (["--num-heads", "3"], "num_heads must divide d_model, got 3 heads and a d_model of 64"),
+        (["--num-heads", "3"], "num_heads must divide d_model, got 3 heads and d_model = 64"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--model-parallel", "3"], "--model-parallel must divide the number of devices, got 3 and 8"),
         (["--model-parallel", "2"], "--model-parallel must divide --num-heads, got 2 and 1"),

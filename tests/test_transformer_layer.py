@@ -93,20 +93,34 @@ def test_parameter_names_and_shapes():
 def test_initial_values():
     """Section 3.1 and the design: Glorot-uniform weights with the fan of the full matrix, biases 0, scales 1.
 
-    Uniform up to sqrt(6 / (rows + columns)) of the matrices d_model x (h d_k) and d_model x d_ff; no two layers alike.
+    Uniform up to sqrt(6 / (rows + columns)) of the matrices d_model x (h d_k) and d_model x d_ff.
     """
-    params = jax.jit(lambda: tl.init_encoder(RNG, 2, 64, 8, 256))()
+    params = jax.jit(lambda: tl.init_encoder_layer(RNG, 64, 8, 256))()
     weights = [(weight, 64 + 64) for weight in params["self_attention"].values()]
     weights += [(params["feed_forward"][name], 64 + 256) for name in ("w1", "w2")]
     for weight, fans in weights:
         limit = (6 / fans) ** 0.5
         assert 0.99 * limit < abs(np.asarray(weight)).max() <= limit
-        assert np.not_equal(*weight).mean() > 0.99
     for norm in ("self_attention_norm", "feed_forward_norm"):
         assert (np.asarray(params[norm]["scale"]) == 1).all()
         assert not np.any(params[norm]["bias"])
     assert not np.any(params["feed_forward"]["b1"])
     assert not np.any(params["feed_forward"]["b2"])
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_stacks_divide_the_weights_that_write_into_the_residual_connection(name):
+    """GPT-2, section 2.3: in a stack of N layers, W^O and W_2 are divided by sqrt(2 N), and nothing else is."""
+    num_layers = 3
+    init_stack, init_layer = getattr(tl, f"init_{name}"), getattr(tl, f"init_{name}_layer")
+    stack = jax.jit(lambda: init_stack(RNG, num_layers, D, H, F))()
+    glorot = jax.jit(lambda: jax.vmap(lambda rng: init_layer(rng, D, H, F))(jax.random.split(RNG, num_layers)))()
+    for path, weight in jax.tree.leaves_with_path(glorot):
+        key = path[-1].key
+        factor = (2 * num_layers) ** -0.5 if key in ("output", "w2") else 1
+        scaled = stack[path[0].key][key]
+        np.testing.assert_allclose(scaled, factor * weight, rtol=1e-6, err_msg=str(path))
+        assert key not in ("query", "output", "w1", "w2") or np.not_equal(scaled[0], scaled[1]).all()  # no two alike
 
 
 def test_parameter_count_of_the_base_model():
@@ -212,7 +226,7 @@ X = jnp.zeros((2, N, D))
     [
         (
             ValueError,
-            "num_heads must divide d_model, got 5 heads and a d_model of 12",
+            "num_heads must divide d_model, got 5 heads and d_model = 12",
             lambda p: tl.init_encoder_layer(RNG, 12, 5, 8),
         ),
         (ValueError, "num_heads must divide d_model, got 0", lambda p: tl.init_multi_head_attention(RNG, 12, 0)),
@@ -259,7 +273,7 @@ X = jnp.zeros((2, N, D))
         ),
         (
             ValueError,
-            r"the weight applied to query must have the axes \(d h k\), got shape \(3, 12, 3, 4\) \(one axis more is",
+            r"the weight applied to query must have the axes \(d h k\), got shape \(3, 12, 3, 4\) \(with one more axis it is a stack of layers",
             lambda p: tl.encoder_layer(p["encoder"], X),
         ),
         (ValueError, "a stack needs parameters with a leading layer axis", lambda p: tl.encoder(p["encoder_layer"], X)),
