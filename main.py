@@ -1,14 +1,14 @@
-"""The Transformer as a whole: Figure 1 of "Attention Is All You Need", its training and its use.
+"""The whole Transformer of "Attention Is All You Need" (Figure 1): the model, its training and its use.
 
     python main.py [TEXT]
 
-shows the parameters, runs a jitted forward pass, trains the model to write strings backwards, lets it write TEXT
-backwards, and draws what the decoder reads for each symbol. The first half of this file is the model, its training and
-how it is spread over devices. The second half is the program. The axes, in shapes and einsum strings:
+prints the parameters, runs a jitted forward pass, trains the model to reverse strings, reverses TEXT, and draws what
+the decoder attends to. The first half of this file is the model and its training; the second half is the program. The
+axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
-    n    target positions                s  symbols of the vocabulary
+    n    target positions                s  vocab_size
 """
 
 import argparse
@@ -26,365 +26,350 @@ from jax.sharding import PartitionSpec as P
 from attention import attention_weights, scaled_dot_product_attention
 from transformer_layer import decoder, decoder_layer, encoder, init_decoder, init_encoder
 
-START = 0  # the token with which every target begins
-SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # a token is a position in this string: START, then printable ASCII
+START = 0  # the token that begins every target
+SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # token i is SYMBOLS[i]: START, then printable ASCII
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
-WARMUP_STEPS = 600  # the paper: 4,000 of 100,000 steps; here the default 300 steps all lie in the warm-up
 LABEL_SMOOTHING = 0.1  # section 5.4
 AVERAGED_STEPS = 50  # section 6.1 averages the last checkpoints
 
-# ---- The model: Figure 1, sections 3.4 and 3.5 -----------------------------------------------------------------------
+# ---- The model: Figure 1, sections 3.4 and 3.5 ---------------------------------------------------------------------
 
 
 def positional_encoding(length, d_model):
-    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos(the same).
+    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos(pos / 10000^(2i / d_model)).
 
-    Returns (length, d_model). Raises ValueError for an odd d_model.
+    Returns (length, d_model). Raises ValueError if d_model is odd.
     """
     if d_model % 2:
-        raise ValueError(f"d_model must be even, for sines and cosines come in pairs, got {d_model}")
+        raise ValueError(f"d_model must be even (sines and cosines come in pairs), got {d_model}")
     angle = jnp.arange(length)[:, None] / 10_000 ** (jnp.arange(0, d_model, 2) / d_model)
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, d_model)
 
 
-def init_model(rng, num_symbols, num_layers, d_model, num_heads, d_ff):
-    """Figure 1: one embedding (s, d), and the parameters of encoder and decoder.
+def init_model(rng, vocab_size, num_layers, d_model, num_heads, d_ff):
+    """The parameters of Figure 1: one embedding (s, d), the encoder and the decoder.
 
     The embedding is normal with standard deviation 0.02, as in GPT.
     """
     rngs = jax.random.split(rng, 3)
     return {
-        "embedding": 0.02 * jax.random.normal(rngs[0], (num_symbols, d_model)),
+        "embedding": 0.02 * jax.random.normal(rngs[0], (vocab_size, d_model)),
         "encoder": init_encoder(rngs[1], num_layers, d_model, num_heads, d_ff),
         "decoder": init_decoder(rngs[2], num_layers, d_model, num_heads, d_ff),
     }
 
 
 def embed(params, tokens):
-    """Sections 3.4 and 3.5: Embedding(tokens) sqrt(d_model) + PE. tokens (..., n) integers -> (..., n, d)."""
-    length, d_model = tokens.shape[-1], params["embedding"].shape[-1]
-    return params["embedding"][tokens] * math.sqrt(d_model) + positional_encoding(length, d_model)
+    """Sections 3.4 and 3.5: Embedding(tokens) sqrt(d_model) + PE. tokens (..., n) integers -> (..., n, d).
+
+    JAX does not check tokens: it clamps those beyond the vocabulary, and counts negative ones from the end.
+    """
+    embedding, tokens = jnp.asarray(params["embedding"]), jnp.asarray(tokens)
+    length, d_model = tokens.shape[-1], embedding.shape[-1]
+    return embedding[tokens] * math.sqrt(d_model) + positional_encoding(length, d_model).astype(embedding.dtype)
 
 
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
-    """Figure 1: tokens source (..., m) and target (..., n) -> logits (..., n, s): after each token, the next.
+    """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s). Position i predicts token i + 1.
 
-    mask (..., 1, 1, m), such as a `padding_mask`, hides positions of the source from both stacks. The options are those
-    that `encoder` and `decoder` share: attention and dropout_rate. Unlike in section 5.4, embeddings have no dropout.
+    mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. options are those that
+    `encoder` and `decoder` share: attention and dropout_rate. Unlike in section 5.4, embeddings have no dropout.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
     memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
     x = embed(params, target)
     x = decoder(params["decoder"], x, memory, memory_mask=mask, dropout_rng=rngs[1], **options)
-    return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the embedding, transposed
+    return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the transposed embedding
 
 
 def shift_right(target):
-    """Section 3.1: the outputs, moved on by one position, so that a prediction depends on earlier tokens only.
-
-    (..., n) -> (..., n): START, then all tokens of target but the last.
-    """
-    return jnp.roll(target, 1, axis=-1).at[..., 0].set(START)
+    """Section 3.1: the outputs shifted right by one: START, then all tokens but the last. (..., n) -> (..., n)."""
+    return jnp.roll(jnp.asarray(target), 1, axis=-1).at[..., 0].set(START)
 
 
 def generate(params, source):
-    """Write a target as long as source, token after token, each the likeliest one (greedy). (..., m) -> (..., m).
+    """Greedy decoding: each token is the most likely one after those before it. source (..., m) -> target (..., m).
 
-    The target has its full length from the start. What is not written yet does no harm: causality hides it.
-    Each token takes a run of the whole model; exercise 9 saves that.
+    The encoder runs once. A step runs the decoder on one position, whose self-attention reads the keys and values of
+    earlier positions from a KV cache. Use it under `jax.jit`; outside, every call compiles it again.
     """
+    source = jnp.asarray(source)
+    memory = encoder(params["encoder"], embed(params, source))
+    num_layers, _, num_heads, d_k = params["decoder"]["self_attention"]["key"].shape
+    cache = jnp.zeros((num_layers, 2, *source.shape[:-1], num_heads, source.shape[-1], d_k), memory.dtype)
 
-    def write(i, target):
-        logits = model(params, source, shift_right(target))[..., i, :]
-        logits = logits.at[..., START].set(-jnp.inf)  # START itself is never written
-        return target.at[..., i].set(logits.argmax(axis=-1))
+    def write(i, target_and_cache):
+        target, cache = target_and_cache
 
-    return jax.lax.fori_loop(0, source.shape[-1], write, jnp.zeros_like(source))
+        def layer(x, params_and_cache):
+            layer_params, cache = params_and_cache
+
+            # The second use of `attention` as an argument: it adds to the keys and values, and returns them.
+            def cached_attention(query, key, value, mask=None, *, causal=False):
+                nonlocal cache
+                if causal:  # self-attention: this position attends to positions up to i
+                    cache = cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
+                    (key, value), mask = cache, jnp.arange(source.shape[-1]) <= i
+                return scaled_dot_product_attention(query, key, value, mask)
+
+            x = decoder_layer(layer_params, x, memory, attention=cached_attention)
+            return x, cache
+
+        x = embed(params, shift_right(target))[..., i, None, :]
+        x, cache = jax.lax.scan(layer, x, (params["decoder"], cache))
+        logits = jnp.einsum("...d,sd->...s", x[..., 0, :], params["embedding"])
+        token = logits.at[..., START].set(-jnp.inf).argmax(axis=-1)  # START itself is never written
+        return target.at[..., i].set(token.astype(target.dtype)), cache
+
+    return jax.lax.fori_loop(0, source.shape[-1], write, (jnp.zeros_like(source), cache))[0]
 
 
-# ---- Training: sections 5.3, 5.4 and 6.1 -----------------------------------------------------------------------------
+def cross_attention_weights(params, source, target):
+    """The cross-attention weights of the last decoder layer. (..., m), (..., n) tokens -> (..., h, n, m)."""
+
+    def layer(x, layer_params):
+        weights = {}
+
+        def recording_attention(query, key, value, mask=None, *, causal=False):
+            weights["self" if causal else "cross"] = attention_weights(query, key, mask, causal=causal)
+            return scaled_dot_product_attention(query, key, value, mask, causal=causal)
+
+        x = decoder_layer(layer_params, x, memory, attention=recording_attention)
+        return x, weights["cross"]  # which scan stacks, layer by layer
+
+    memory = encoder(params["encoder"], embed(params, source))
+    return jax.lax.scan(layer, embed(params, shift_right(target)), params["decoder"])[1][-1]
+
+
+# ---- Training: sections 5.3, 5.4 and 6.1 ---------------------------------------------------------------------------
 
 
 def loss(params, source, target):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
-    The wanted token should get 0.9 of the probability. 0.1 is spread evenly over all symbols, that one too. There is no
-    dropout here: every batch is new, so there is nothing to overfit.
+    The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. Dropout is not
+    needed here: every batch is new, so the model cannot overfit.
     """
     log_probabilities = jax.nn.log_softmax(model(params, source, shift_right(target)))
-    wanted = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)
-    return -((1 - LABEL_SMOOTHING) * wanted.mean() + LABEL_SMOOTHING * log_probabilities.mean())
+    correct = jnp.take_along_axis(log_probabilities, jnp.asarray(target)[..., None], axis=-1)
+    return -((1 - LABEL_SMOOTHING) * correct.mean() + LABEL_SMOOTHING * log_probabilities.mean())
 
 
-def learning_rate(step, d_model, warmup_steps=WARMUP_STEPS):
+def learning_rate(step, d_model, warmup_steps):
     """Equation 3: d_model^-0.5 min(step^-0.5, step warmup_steps^-1.5), for step 1, 2, ..."""
     return d_model**-0.5 * jnp.minimum(step**-0.5, step * warmup_steps**-1.5)
 
 
 def init_adam(params):
-    """The running means of the gradient and of its square, zero and shaped like the parameters."""
-    return {"mean": jax.tree.map(jnp.zeros_like, params), "square": jax.tree.map(jnp.zeros_like, params)}
+    """Adam's first and second moments m and v, zero and shaped like the parameters."""
+    return {"m": jax.tree.map(jnp.zeros_like, params), "v": jax.tree.map(jnp.zeros_like, params)}
 
 
 def adam(params, moments, gradient, step, rate):
-    """One step of Adam (arXiv 1412.6980, algorithm 1), for step 1, 2, ...: the new parameters and moments."""
-    mean = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments["mean"], gradient)
-    square = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * g**2, moments["square"], gradient)
+    """One step of Adam (arXiv 1412.6980, algorithm 1), for step 1, 2, ...: the new parameters and moments.
 
-    def update(p, m, s):
-        return p - rate * (m / (1 - BETA1**step)) / (jnp.sqrt(s / (1 - BETA2**step)) + EPSILON)
+    They keep their dtypes. float16 is not supported: EPSILON underflows in it.
+    """
+    m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments["m"], gradient)
+    v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g**2, moments["v"], gradient)
 
-    return jax.tree.map(update, params, mean, square), {"mean": mean, "square": square}
+    def update(p, m, v):
+        return (p - rate * (m / (1 - BETA1**step)) / (jnp.sqrt(v / (1 - BETA2**step)) + EPSILON)).astype(p.dtype)
+
+    return jax.tree.map(update, params, m, v), {"m": m, "v": v}
 
 
-def train_step(params, moments, step, source, target):
-    """One step of training, for step 1, 2, ...: the new parameters and moments, and the loss before it, a number.
+def train_step(params, moments, step, source, target, warmup_steps):
+    """One training step, for step 1, 2, ...: the new parameters and moments, and the loss before the step.
 
-    params and moments are trees as `init_model` and `init_adam` make them; tokens source (..., m), target (..., n).
+    params and moments as `init_model` and `init_adam` return them; source (..., m) and target (..., n) tokens.
     """
     value, gradient = jax.value_and_grad(loss)(params, source, target)
-    rate = learning_rate(step, params["embedding"].shape[-1])
+    rate = learning_rate(step, params["embedding"].shape[-1], warmup_steps)
     return *adam(params, moments, gradient, step, rate), value
 
 
 def average(mean, params, count):
-    """Section 6.1: the mean of count sets of parameters: params is the last set, mean is the mean of the others."""
+    """Section 6.1: the running mean. Adds the count-th parameters to the mean of the previous count - 1."""
     return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
 
-# ---- What the decoder reads ------------------------------------------------------------------------------------------
-
-
-def cross_attention_weights(params, source, target):
-    """The weights with which the last decoder layer attends to the source. (..., m), (..., n) -> (..., h, n, m)."""
-    kept = []  # filled and read within one call, so the function is still pure
-
-    def attention_that_keeps_its_weights(query, key, value, mask=None, *, causal=False):
-        kept.append(attention_weights(query, key, mask, causal=causal))
-        return scaled_dot_product_attention(query, key, value, mask, causal=causal)
-
-    memory = encoder(params["encoder"], embed(params, source))
-    # The last layer by itself, for nothing can be kept inside the scan over layers.
-    others = jax.tree.map(lambda leaf: leaf[:-1], params["decoder"])
-    last = jax.tree.map(lambda leaf: leaf[-1], params["decoder"])
-    x = decoder(others, embed(params, shift_right(target)), memory)
-    decoder_layer(last, x, memory, attention=attention_that_keeps_its_weights)
-    return kept[1]  # kept[0] is the self-attention of the layer
-
-
-# ---- More devices, more machines -------------------------------------------------------------------------------------
-
-# The axis that is split over the devices, counted from the last: heads or d_ff (Megatron-LM, arXiv 1909.08053).
-SPLIT_AXIS = {"query": -2, "key": -2, "value": -2, "output": -3, "w1": -1, "b1": -1, "w2": -2}
+# ---- Many devices --------------------------------------------------------------------------------------------------
 
 
 def partition_specs(params):
-    """Heads and d_ff over the mesh axis "model", the rest replicated: a PartitionSpec for each leaf of the tree.
+    """Splits heads and d_ff over the mesh axis "model", as Megatron-LM does (arXiv 1909.08053); the rest is replicated.
 
-    Each device computes its own heads and hidden units; XLA adds one sum over the devices after each sub-layer. Takes
-    any tree of this project (a layer, a stack, the model, Adam's moments), of arrays or of their shapes.
+    Returns a PartitionSpec for each leaf. Each device computes its own heads and hidden units, and XLA adds a sum over
+    devices after each sub-layer. Works for any pytree with arrays (or shapes) named like the parameters: a layer, a
+    stack, the model, optimizer state.
     """
+    split_axis = {"query": -2, "key": -2, "value": -2, "output": -3, "w1": -1, "b1": -1, "w2": -2}
 
     def spec(path, leaf):
-        axis = SPLIT_AXIS.get(path[-1].key)
+        axis = split_axis.get(jax.tree_util.keystr(path[-1:], simple=True))
         return P() if axis is None else P(*[None] * (leaf.ndim + axis), "model")  # None for each axis before it
 
     return jax.tree.map_with_path(spec, params)
 
 
-# ---- The task: strings, and the same backwards -----------------------------------------------------------------------
+# ---- The task: reversing strings -----------------------------------------------------------------------------------
 
 
 def random_strings(generator, batch_size, length):
-    """Tokens (batch_size, length) of strings of at most 8 different symbols, by a random generator of NumPy.
+    """Tokens (batch_size, length) of random strings with at most 8 different symbols. generator is NumPy's.
 
-    Symbols repeat, so that the model must look at positions: what stands before a symbol does not tell what follows.
+    Symbols repeat, so the previous symbol does not determine the next, and the model must look at positions.
     """
     symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
     return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
 
 
 def task(strings):
-    """What the model learns to write: the strings backwards. Tokens (..., n) -> (..., n)."""
+    """What the model learns: the reversed strings. Tokens (..., n) -> (..., n)."""
     return strings[..., ::-1]
 
 
 def as_text(tokens):
-    """Tokens (n,) -> the string of their symbols."""
+    """Tokens (n,) -> the string they stand for."""
     return "".join(SYMBOLS[token] for token in tokens)
 
 
-# ---- What the program shows ------------------------------------------------------------------------------------------
-
-
-def show_parameters(params):
-    """Part 1: the pytree as a table."""
-    print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
-    for path, leaf in jax.tree.leaves_with_path(params):
-        print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
-    print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
-
-
-def show_forward_pass(params, source, target):
-    """Part 2: the shapes of what goes in and comes out, and what `jax.jit` costs once and saves from then on."""
-    print("\n2. Forward pass: TEXT and random strings, one batch\n")
-    forward, seconds = jax.jit(model), []
-    for _ in range(2):
-        start = time.perf_counter()
-        logits = jax.block_until_ready(forward(params, source, target))
-        seconds.append(time.perf_counter() - start)
-    print(f"source and target {source.shape!s:>16}\nlogits            {logits.shape!s:>16}")
-    print(f"first call        {seconds[0] * 1e3:13.2f} ms  (compiles)\nsecond call       {seconds[1] * 1e3:13.2f} ms")
-
-
-def show_attention(before, after, written, text):
-    """Part 5: weights (h, n, m) before and after training as heat maps, a row for each symbol of what is written."""
-    shades = " \u2591\u2592\u2593\u2588"  # from a blank to a full block
-    if (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8":
-        shades = " .:*#"
-    for heads in zip(before, after, strict=True):
-        print(f"  {text}      {text}")
-        # Numbers 0, ..., len(shades) - 1: the 0.01 is for the largest weight.
-        maps = [(weights / weights.max() * (len(shades) - 0.01)).astype(int) for weights in heads]
-        for symbol, *rows in zip(written, *maps, strict=True):
-            print("    ".join(f"{symbol} {''.join(shades[cell] for cell in row)}" for row in rows).rstrip())
-
-
-# ---- The program -----------------------------------------------------------------------------------------------------
-
-FLAGS = {  # default, smallest value, meaning
-    "--d-model": (64, 1, "width of the layers, an even number"),
-    "--num-heads": (1, 1, "attention heads, a divisor of --d-model"),
-    "--num-layers": (1, 1, "layers of the encoder, and of the decoder"),
-    "--d-ff": (128, 1, "inner width of the feed-forward network"),
-    "--batch-size": (32, 1, "strings in a training step"),
-    "--steps": (300, 0, "training steps"),
-    "--seed": (0, 0, "seed of all random numbers"),
-    "--model-parallel": (1, 1, "devices that share one layer, a divisor of --num-heads and --d-ff"),
-}
-
-
-def refuse(message):
-    """End the program with one sentence and exit status 2."""
-    print(f"main.py: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---- The program ---------------------------------------------------------------------------------------------------
 
 
 def parse_arguments():
-    """The command line; wrong input ends the program."""
+    """Parses the command line and joins the other processes. Returns the arguments and the mesh of all devices."""
     parser = argparse.ArgumentParser(
-        description="Initialize a Transformer, run it, train it to write strings backwards, and let it write TEXT."
+        description="Initialize a Transformer, run it, train it to reverse strings, then reverse TEXT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = refuse
-    text = "attention is all you need"
-    parser.add_argument("text", metavar="TEXT", nargs="*", default=[text], help=f"what to reverse (default: {text})")
-    for flag, (default, _, meaning) in FLAGS.items():
-        parser.add_argument(flag, metavar="N", default=str(default), help=f"{meaning} (default: {default})")
+    parser.add_argument("text", metavar="TEXT", nargs="*", default=["attention is all you need"], help="in quotes")
+    parser.add_argument("--num-layers", type=int, default=2, help="layers N of the encoder, and of the decoder")
+    parser.add_argument("--num-heads", type=int, default=4, help="attention heads h, a divisor of --d-model")
+    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model, an even number")
+    parser.add_argument("--d-ff", type=int, default=128, help="inner dimension of the feed-forward network")
+    parser.add_argument("--batch-size", type=int, default=16, help="strings in a training step")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--warmup-steps", type=int, default=400, help="steps in which the learning rate grows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument(
+        "--model-parallel", type=int, default=1, help="devices that share the heads and d_ff of a layer"
+    )
     parser.add_argument("--distributed", action="store_true", help="join the processes that mpirun or srun started")
     arguments = parser.parse_args()
-    for flag, (_, smallest, _) in FLAGS.items():
-        name = flag.removeprefix("--").replace("-", "_")
-        value = getattr(arguments, name)
-        if not (value.isdecimal() and smallest <= int(value) < 2**31):
-            refuse(f"{flag} must be an integer from {smallest} to 2^31 - 1, got {value!a}")
-        setattr(arguments, name, int(value))
-    if len(arguments.text) > 1:
-        refuse(f'TEXT of several words needs quotes: python main.py "{" ".join(arguments.text)}"')
-    arguments.text = arguments.text[0]
-    if not arguments.text or set(arguments.text) - set(SYMBOLS[1:]):
-        refuse(f"TEXT must be one or more printable ASCII symbols, got {arguments.text!a}")
-    return arguments
+
+    def require(condition, message):
+        if not condition:
+            parser.error(message)
+
+    for name, value in vars(arguments).items():
+        if type(value) is int:
+            least, flag = int(name not in ("steps", "seed")), f"--{name.replace('_', '-')}"
+            require(least <= value < 2**31, f"{flag} must be from {least} to 2^31 - 1, got {value}")
+    text, d_model, num_heads = arguments.text, arguments.d_model, arguments.num_heads
+    require(len(text) == 1, f'TEXT of several words needs quotes: "{" ".join(text)}"')
+    arguments.text = text = text[0]
+    require(1 <= len(text) <= 100, f"TEXT must have 1 to 100 characters, got {len(text)}")
+    require(set(text) <= set(SYMBOLS[1:]), f"TEXT must be printable ASCII, got {text!a}")
+    require(d_model % 2 == 0, f"--d-model must be even (sines and cosines come in pairs), got {d_model}")
+    require(d_model % num_heads == 0, f"--num-heads must divide --d-model, got {num_heads} and {d_model}")
+    if arguments.distributed:
+        try:
+            jax.distributed.initialize()
+        except ValueError:
+            parser.error("--distributed needs a launcher that JAX knows, such as mpirun or srun")
+    devices, parts, batch_size = jax.device_count(), arguments.model_parallel, arguments.batch_size
+    for name, size in (("the number of devices", devices), ("--num-heads", num_heads), ("--d-ff", arguments.d_ff)):
+        require(size % parts == 0, f"--model-parallel must divide {name}, got {parts} and {size}")
+    shares = devices // parts
+    require(batch_size % shares == 0, f"--batch-size must be a multiple of {shares} on this mesh, got {batch_size}")
+    return arguments, jax.make_mesh((shares, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def join_processes():
-    """Meet the other processes that a launcher such as mpirun or srun started. Process 0 alone prints."""
-    try:
-        jax.distributed.initialize()
-    except ValueError:
-        refuse("--distributed needs a launcher that JAX knows, such as mpirun or srun")
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-
-
-def make_mesh(arguments):
-    """The devices of all processes as a mesh ("data", "model"). Sizes that do not divide are refused."""
-    devices, parts = jax.device_count(), arguments.model_parallel
-    sizes = {"the number of devices": devices, "--num-heads": arguments.num_heads, "--d-ff": arguments.d_ff}
-    for name, size in sizes.items():
-        if size % parts:
-            refuse(f"--model-parallel must divide {name}, got {parts} and {size}")
-    if arguments.batch_size % (devices // parts):
-        refuse(f"--batch-size must be a multiple of {devices // parts} on this mesh, got {arguments.batch_size}")
-    return jax.make_mesh((devices // parts, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+def show_attention(before, after, text, output):
+    """Prints attention weights (n, m) before and after training as heat maps, side by side if 80 columns allow."""
+    shades = " ░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else " .:*#"
+    maps = []
+    for title, weights in (("before training", before), ("after training", after)):
+        levels = (weights / weights.max() * (len(shades) - 0.01)).astype(int)  # 0, ..., len(shades) - 1
+        rows = ["".join(shades[level] for level in row) for row in levels]
+        maps.append([title, f"  {text}", *(f"{symbol} {row}" for symbol, row in zip(output, rows, strict=True))])
+    width = max(len(text) + 2, len("before training")) + 4
+    together = zip(*maps, strict=True) if 2 * width <= 84 else ((line, "") for lines in maps for line in lines)
+    for left, right in together:
+        print(f"{left:<{width}}{right}".rstrip())
 
 
 def main():
-    """Parse the command line and print the five parts."""
-    arguments = parse_arguments()
-    if arguments.distributed:
-        join_processes()
+    """Parses the command line and prints the five parts."""
+    arguments, mesh = parse_arguments()
+    if jax.process_index():  # process 0 alone prints
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     text, steps, batch_size = arguments.text, arguments.steps, arguments.batch_size
     generator = np.random.default_rng(arguments.seed)
-    held_out = random_strings(generator, batch_size, len(text))  # what the model is tested on: TEXT and other strings
+    held_out = random_strings(generator, batch_size, len(text))  # the test strings; the first one is TEXT
     held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
+    answers = task(held_out)
 
     def init():
         sizes = arguments.num_layers, arguments.d_model, arguments.num_heads, arguments.d_ff
         params = init_model(jax.random.key(arguments.seed), len(SYMBOLS), *sizes)
         return params, init_adam(params)
 
-    try:
-        shapes = jax.eval_shape(init)  # runs init on shapes alone: what does not fit shows before anything is computed
-        jax.eval_shape(embed, shapes[0], held_out)
-    except ValueError as error:
-        refuse(error)
-
-    # Parameters and moments lie as `partition_specs` says, a batch is split by rows, results are whole on each device.
-    mesh = make_mesh(arguments)
-    state = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(shapes))
-    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-
-    # Each of these is compiled when it is first called.
-    one_step = jax.jit(train_step, out_shardings=(*state, whole))
-    write = jax.jit(generate, out_shardings=whole)
-    look = jax.jit(cross_attention_weights, out_shardings=whole)
+    replicated, batch_split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    state = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
+    train = jax.jit(train_step, out_shardings=(*state, replicated))
+    write = jax.jit(generate, out_shardings=replicated)
     update_mean = jax.jit(average)
+    fast_compilation = {"xla_backend_optimization_level": 0}  # for what runs only once or twice
+    weights_of = jax.jit(cross_attention_weights, out_shardings=replicated, compiler_options=fast_compilation)
+    params, moments = jax.jit(init, out_shardings=state, compiler_options=fast_compilation)()
+    source, target = jax.device_put((held_out, answers), batch_split)
 
-    source, target = jax.device_put((held_out, task(held_out)), rows)
-    once = {"xla_backend_optimization_level": 0}  # what runs once need not be compiled well, only quickly
-    params, moments = jax.jit(init, out_shardings=state, compiler_options=once)()
-    show_parameters(params)
-    show_forward_pass(params, source, target)
+    print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
+    print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
 
-    print(f"\n3. Training: {steps} steps on random strings\n")
+    print("\n2. Forward pass: TEXT and random strings, one batch\n")
+    print(f"source and target {source.shape!s:>16}\nlogits            {(*target.shape, len(SYMBOLS))!s:>16}")
+    forward = jax.jit(model)
+    for call in ("first call", "second call"):
+        start = time.perf_counter()
+        jax.block_until_ready(forward(params, source, target))
+        print(f"{call:<17} {(time.perf_counter() - start) * 1e3:13.2f} ms{'  (compiles)' * (call == 'first call')}")
+
+    print(f"\n3. Training: {steps} steps on random strings" if steps else "\n3. Training: skipped (--steps 0)")
     averaged, shown = min(steps, AVERAGED_STEPS), {i * steps // 6 for i in range(1, 7)}
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
-        params, moments, value = one_step(params, moments, step, *jax.device_put((strings, task(strings)), rows))
-        count = step - (steps - averaged)  # of the steps that are averaged, up to this one
-        if count > 0:
-            mean = update_mean(mean, params, count)
+        batch = jax.device_put((strings, task(strings)), batch_split)
+        params, moments, value = train(params, moments, step, *batch, arguments.warmup_steps)
+        if step > steps - averaged:
+            mean = update_mean(mean, params, step - (steps - averaged))
         if step in shown:
             written = np.asarray(write(params, source))
-            right = (written == task(held_out)).mean()
-            print(f"step {step:>5}  loss {value:7.4f}  right {right:7.2%}  {as_text(written[0])}", flush=True)
+            accuracy = (written == answers).mean()
+            print(f'step {step:>5}  loss {value:7.4f}  accuracy {accuracy:7.2%}  "{as_text(written[0])}"', flush=True)
 
-    print("\n4. Result: what the model makes of TEXT\n")
-    last, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
-    counts = [(tokens == task(held_out)).all(axis=1).sum() for tokens in (last, written)]
-    print(f"read     {text}\nwritten  {as_text(written[0])}\nof {batch_size} strings, right to the letter: ", end="")
-    print(f"last parameters {counts[0]}, mean of last {averaged} steps {counts[1]}")
+    print("\n4. Result: TEXT reversed by the model\n")
+    final, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
+    print(f'input   "{text}"\noutput  "{as_text(written[0])}"')
+    exact = [f"{(tokens == answers).all(axis=1).sum()}/{batch_size}" for tokens in (final, written)]
+    print(f"exact matches: {exact[0]} (final parameters)", end="")
+    print(f", {exact[1]} (average of the last {averaged} steps)" if averaged > 1 else "")
 
-    print(f"\n5. Attention over the source in decoder layer {arguments.num_layers}: before training | after")
-    print("   row: the symbol to write, column: the symbol that is read, darkest: most\n")
-    before, after = (np.asarray(look(candidate, source, target))[0] for candidate in (untrained, mean))
-    show_attention(before, after, as_text(task(held_out[0])), text)
+    print("\n5. Attention: what the last decoder layer reads, mean of its heads")
+    print("   rows: output, columns: input; a fuller block means more attention\n")
+    before, after = (np.asarray(weights_of(candidate, source, target))[0] for candidate in (untrained, mean))
+    show_attention(before.mean(axis=0), after.mean(axis=0), text, as_text(answers[0]))
 
 
 if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output, such as `head`, has left
-        sys.stdout = None  # or else Python complains once more when it ends
+    except BrokenPipeError:  # the reader (e.g. `head`) closed the pipe
+        sys.stdout = None  # silences the error at exit

@@ -1,38 +1,21 @@
-"""Where and how the tests run: on the CPU with 8 virtual devices, compiled quickly, with programs run beside them.
+"""Sets up JAX for the tests: the CPU with 8 virtual devices, and fast compilation.
 
-JAX reads these variables when it starts. The caller's own values win: `JAX_PLATFORMS=cuda python -m pytest` runs on a
-GPU, `XLA_FLAGS= python -m pytest` compiles as any other program does.
+JAX reads these variables at import. Your own values take precedence: `JAX_PLATFORMS=cuda python -m pytest` runs on a
+GPU, and `XLA_FLAGS= python -m pytest` compiles with full optimization.
 """
 
-import gc
 import os
 
-# Unasked, JAX would take a GPU. Beside one, the tests of sharding still need the CPU, for its virtual devices.
+# By default, JAX would use a GPU. The sharding tests need the CPU even then, for its virtual devices.
 platforms = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ["JAX_PLATFORMS"] = platforms if "cpu" in platforms else f"{platforms},cpu"
-# On a GPU, JAX multiplies float32 matrices in fewer bits, unless it is asked for all of them.
+# On a GPU, JAX multiplies float32 matrices in fewer bits by default.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
-import jax  # noqa: E402 - the two variables above come first
+import jax  # noqa: E402 - the variables above come first
 
-# The tests are about numbers, so XLA compiles them quickly instead of well, in a third of the time.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # XLA ends the process where it does not know a flag: only where it was tried
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
-
-gc.disable()  # to look through all that JAX has traced, again and again, takes a tenth of the time and frees little
-
-from common import EARLY  # noqa: E402 - only now may JAX be used
-
-
-def pytest_collection_modifyitems(items):
-    """What waits for a program comes last."""
-    items.sort(key=lambda item: not EARLY.keys().isdisjoint(item.fixturenames))
-
-
-def pytest_collection_finish(session):
-    """Begin the program runs that the collected tests ask for."""
-    if not session.config.option.collectonly:
-        for name in dict.fromkeys(name for item in session.items for name in item.fixturenames):
-            EARLY.get(name, bool)()
+# The tests run small programs once, so favor compile time: it takes a third as long.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # XLA aborts on flags that it does not know, so only where it was tried
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", f"{FLAGS} --xla_force_host_platform_device_count=8")

@@ -1,25 +1,24 @@
-"""attention.py against NumPy in float64, and the promises of its docstrings."""
+"""attention.py: scaled dot-product attention, its masks, and its errors. Equation 1 itself is in test_paper.py."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import attention_weights, causal_mask, padding_mask, scaled_dot_product_attention
+from attention import (
+    attention_weights,
+    causal_mask,
+    flash_attention,
+    padding_mask,
+    scaled_dot_product_attention,
+)
 from common import arrays
+from test_paper import equation_1
 
 weigh = jax.jit(attention_weights, static_argnames="causal")
 attend = jax.jit(scaled_dot_product_attention, static_argnames="causal")
-
-
-def equation_1(query, key, value, mask):
-    """softmax(Q K^T / sqrt(d_k)) V for one head, in NumPy float64; zeros for a row without keys."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    scores = query @ key.T / np.sqrt(query.shape[-1])
-    exponentials = np.where(mask, np.exp(scores), 0)
-    denominator = exponentials.sum(axis=-1, keepdims=True)
-    weights = exponentials / np.where(denominator == 0, 1, denominator)
-    return weights, weights @ value
 
 
 def test_causal_mask_is_the_lower_triangle():
@@ -31,117 +30,106 @@ def test_causal_mask_is_the_lower_triangle():
 def test_padding_mask_keeps_the_first_keys():
     """lengths (...,) -> (..., 1, 1, max_length), True below the length."""
     mask = padding_mask(jnp.array([2, 0, 3]), 3)
-    assert mask.dtype == bool
-    assert mask.shape == (3, 1, 1, 3)
+    assert (mask.dtype, mask.shape) == (bool, (3, 1, 1, 3))
     np.testing.assert_array_equal(mask[:, 0, 0], [[1, 1, 0], [0, 0, 0], [1, 1, 1]])
     assert padding_mask(2, 3).shape == (1, 1, 3)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_in_equation_1(masked, causal):
+    """Weights and output of each head equal Equation 1 in float64, with and without masks and fully masked rows."""
+    query, key, value = arrays((2, 3, 6, 8), (2, 3, 6, 8), (2, 3, 6, 5))
+    mask = np.random.default_rng(1).random((2, 1, 6, 6)) < 0.5 if masked else None
+    weights, output = weigh(query, key, mask, causal=causal), attend(query, key, value, mask, causal=causal)
+    full = np.broadcast_to(True if mask is None else mask, (2, 3, 6, 6))
+    full = full & np.tri(6, dtype=bool) if causal else full
+    for i in np.ndindex(2, 3):
+        head = [np.asarray(x[i], np.float64) for x in (query, key, value)]
+        # With V = I, Equation 1 is the softmax itself.
+        np.testing.assert_allclose(weights[i], equation_1(*head[:2], np.eye(6), full[i]), rtol=2e-6, atol=1e-7)
+        np.testing.assert_allclose(output[i], equation_1(*head, full[i]), rtol=2e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("kind", ["causal", "padding", "full"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_agrees_with_jax_nn(kind, dtype):
+    """Plain and flash attention equal `jax.nn.dot_product_attention`, with every kind of mask and in three dtypes."""
+    inputs = arrays((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), dtype=dtype)
+    full = np.random.default_rng(1).random((2, 3, 9, 9)) < 0.5
+    full |= np.eye(9, dtype=bool)  # for fully masked rows, jax.nn averages over all keys; here they give zeros
+    mask, causal = {"causal": None, "padding": padding_mask(np.array([5, 9]), 9), "full": full}[kind], kind == "causal"
+
+    @jax.jit
+    def outputs(*inputs):
+        swapped = [x.swapaxes(1, 2) for x in inputs]  # jax.nn has positions before heads: (b, n, h, k)
+        if dtype == jnp.float16:  # which jax.nn does not support on the CPU
+            swapped = [x.astype(jnp.float32) for x in swapped]
+        reference = jax.nn.dot_product_attention(*swapped, mask=mask, is_causal=causal).swapaxes(1, 2)
+        plain = scaled_dot_product_attention(*inputs, mask, causal=causal)
+        return reference, plain, flash_attention(*inputs, mask, causal=causal, block_size=4)
+
+    reference, *ours = outputs(*inputs)
+    # jax.nn rounds the weights to half precision: a few units in the last place of 1.
+    tolerance = 2e-6 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
+    for output in ours:
+        assert output.dtype == dtype
+        np.testing.assert_allclose(output.astype(np.float32), reference.astype(np.float32), atol=tolerance)
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
-def test_shapes_and_dtypes(lead):
-    """(..., n, k), (..., m, k), (..., m, v) -> weights (..., n, m) and output (..., n, v), any leading axes."""
+def test_shapes(lead):
+    """(..., n, k), (..., m, k), (..., m, v) -> weights (..., n, m) and output (..., n, v), for any leading axes."""
     query, key, value = arrays((*lead, 4, 6), (*lead, 5, 6), (*lead, 5, 7))
     assert jax.eval_shape(attention_weights, query, key).shape == (*lead, 4, 5)
     assert jax.eval_shape(scaled_dot_product_attention, query, key, value).shape == (*lead, 4, 7)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision(dtype):
-    """The weights are float32. Rounded to the dtype of value, they weigh the values; the output is rounded once."""
-    halves = [x.astype(dtype) for x in arrays((8, 16), (8, 16), (8, 16))]
-    weights, output = weigh(*halves[:2]), attend(*halves)
+def test_half_precision_rounds_the_weights_once(dtype):
+    """The weights are float32. They are rounded to the dtype of value; the product accumulates in float32."""
+    query, key, value = arrays((8, 16), (8, 16), (8, 16), dtype=dtype)
+    weights, output = weigh(query, key), attend(query, key, value)
     assert (weights.dtype, output.dtype) == (jnp.float32, dtype)
-    exact, _ = equation_1(*halves, mask=True)
+    exact = equation_1(*(np.asarray(x, np.float64) for x in (query, key)), np.eye(8))
     np.testing.assert_allclose(weights, exact, rtol=2e-6)
-    expected = np.asarray(weights.astype(dtype), np.float64) @ np.asarray(halves[2], np.float64)
-    # Rounding to the nearest may fall to either side of a tie: one unit in the last place, and float32 noise.
+    expected = np.asarray(weights.astype(dtype), np.float64) @ np.asarray(value, np.float64)
+    # A tie may round either way: one unit in the last place, plus float32 noise.
     np.testing.assert_allclose(output.astype(float), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_equation_1_in_float64(masked, causal):
-    """Equation 1, head by head, against NumPy float64 written from the equation; with and without masks."""
-    query, key, value = arrays((2, 3, 6, 8), (2, 3, 6, 8), (2, 3, 6, 5))
-    mask = np.random.default_rng(1).random((2, 1, 6, 6)) < 0.5 if masked else None
-    weights = np.asarray(weigh(query, key, mask, causal=causal))
-    output = np.asarray(attend(query, key, value, mask, causal=causal))
-    full = np.ones((2, 3, 6, 6), bool) if mask is None else np.broadcast_to(mask, (2, 3, 6, 6))
-    full = full & np.tri(6, dtype=bool) if causal else full
-    for index in np.ndindex(2, 3):
-        expected = equation_1(query[index], key[index], value[index], full[index])
-        np.testing.assert_allclose(weights[index], expected[0], rtol=2e-6, atol=1e-7)
-        np.testing.assert_allclose(output[index], expected[1], rtol=2e-6, atol=5e-7)
-
-
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (4, 5), (3, 1, 1), (3, 4, 5), (2, 1, 1, 5), (2, 3, 4, 5)])
-def test_masks_broadcast(shape):
-    """A mask of every shape that broadcasts to (..., n, m) does what the full mask does."""
+@pytest.mark.parametrize("attention", [attend, functools.partial(flash_attention, block_size=3)])
+def test_masks_broadcast(attention, shape):
+    """A mask of any shape that broadcasts to (..., n, m) equals the full mask."""
     query, key, value = arrays((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 6))
     mask = np.random.default_rng(2).random(shape) < 0.6
-    full = np.broadcast_to(mask, (2, 3, 4, 5))
-    np.testing.assert_allclose(weigh(query, key, mask), weigh(query, key, full), rtol=1e-6)
-    np.testing.assert_allclose(attend(query, key, value, mask), attend(query, key, value, full), rtol=1e-6)
+    expected = attend(query, key, value, np.broadcast_to(mask, (2, 3, 4, 5)))
+    np.testing.assert_allclose(attention(query, key, value, mask), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_masks_combine():
-    """`mask & causal_mask` is the mask with causal=True."""
+    """`mask & causal_mask` equals the mask with causal=True."""
     query, key, value = arrays((2, 1, 4, 6), (2, 1, 4, 6), (2, 1, 4, 6))
     mask = padding_mask(jnp.array([2, 4]), 4)
-    np.testing.assert_array_equal(
-        attend(query, key, value, mask & causal_mask(4)), attend(query, key, value, mask, causal=True)
-    )
+    combined = attend(query, key, value, mask & causal_mask(4))
+    np.testing.assert_array_equal(combined, attend(query, key, value, mask, causal=True))
 
 
-def test_causal_output_does_not_see_the_future():
-    """Section 3.2.3: changing position 3 and later leaves the outputs 0, 1 and 2 as they were, to the last bit."""
-    query, key, value = arrays((5, 6), (5, 6), (5, 6))
-    later = np.arange(5)[:, None] >= 3
-    output = np.asarray(attend(query, key, value, causal=True))
-    changed = np.asarray(attend(query, np.where(later, 9, key), np.where(later, -9, value), causal=True))
-    np.testing.assert_array_equal(output[:3], changed[:3])
-    assert (output[3:] != changed[3:]).all()
-
-
-def test_rows_that_attend_to_nothing_are_zero():
-    """A query that may attend to nothing gets zeros, neither NaN nor an average, and a zero gradient."""
-    query, key, value = arrays((4, 6), (5, 6), (5, 6))
-    mask = np.ones((4, 5), bool)
-    mask[1] = False
-    assert not np.any(np.asarray(weigh(query, key, mask))[1])
-    assert not np.any(np.asarray(attend(query, key, value, mask))[1])
-
-    def row(query, key, value):
-        return scaled_dot_product_attention(query, key, value, mask)[1].sum()
-
-    for gradient in jax.jit(jax.grad(row, argnums=(0, 1, 2)))(query, key, value):
-        assert not np.any(gradient)
-
-
-def test_second_derivatives_with_a_row_that_attends_to_nothing():
-    """They are finite in float32, and zero for that row."""
+def test_fully_masked_queries_have_zero_derivatives():
+    """A fully masked query outputs exact zeros. Its first and second derivatives are zero, and all are finite."""
     query, key, value = arrays((3, 4), (3, 4), (3, 4))
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    assert not np.any(attend(query, key, value, mask)[1])
+
+    def masked_row(*qkv):
+        return attend(*qkv, mask)[1].sum()
+
+    assert not any(map(np.any, jax.jit(jax.grad(masked_row, argnums=(0, 1, 2)))(query, key, value)))
     hessian = jax.jit(jax.hessian(lambda query: jnp.square(attend(query, key, value, mask)).sum()))(query)
     assert np.isfinite(hessian).all()
     assert np.any(hessian[0])
     assert not np.any(hessian[1])
-
-
-def test_weights_are_distributions():
-    """Each row of the softmax is non-negative and sums to 1."""
-    query, key = arrays((2, 6, 8), (2, 6, 8))
-    weights = np.asarray(weigh(query, key, causal=True))
-    assert (weights >= 0).all()
-    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
-
-
-def test_jit_equals_no_jit():
-    """jax.jit changes the speed and not the numbers."""
-    query, key, value = arrays((2, 6, 8), (2, 6, 8), (2, 6, 8))
-    np.testing.assert_allclose(
-        attend(query, key, value), scaled_dot_product_attention(query, key, value), rtol=1e-6, atol=1e-6
-    )
 
 
 X = np.zeros((2, 4, 6), np.float32)
@@ -154,11 +142,7 @@ X = np.zeros((2, 4, 6), np.float32)
         (TypeError, "value must be floating point, got bool", (X, X, X.astype(bool))),
         (ValueError, r"key must have at least two axes \(positions, dimension\), got shape \(6,\)", (X, X[0, 0], X)),
         (ValueError, "query and key must have the same dimension d_k of at least 1, got 6 and 5", (X, X[..., :5], X)),
-        (
-            ValueError,
-            "query and key must have the same dimension d_k of at least 1, got 0",
-            (X[..., :0], X[..., :0], X),
-        ),
+        (ValueError, "the same dimension d_k of at least 1, got 0", (X[..., :0], X[..., :0], X)),
         (ValueError, "key and value must have the same length m, got 4 and 3", (X, X, X[:, :3])),
         (ValueError, "leading axes of query, key and value must broadcast", (X, X, np.zeros((3, 4, 6), np.float32))),
         (TypeError, r"mask must be boolean \(True: may attend\), got float32", (X, X, X, X[0, :, :4])),
@@ -168,13 +152,13 @@ X = np.zeros((2, 4, 6), np.float32)
     ],
 )
 def test_bad_input(error, message, arguments):
-    """What does not fit raises one sentence that names the argument, what it was and what it must be."""
+    """An invalid argument raises one error that names it, its value, and what it must be."""
     with pytest.raises(error, match=message):
         scaled_dot_product_attention(*arguments)
 
 
 def test_bad_causal_and_lengths():
-    """Causal attention needs n = m and a Python bool; padding_mask needs integers."""
+    """Causal attention requires n = m and a Python bool; padding_mask requires integers."""
     with pytest.raises(ValueError, match="causal attention requires as many queries as keys, got 4 and 3"):
         attention_weights(X, X[:, :3], causal=True)
     with pytest.raises(TypeError, match="causal must be a Python bool"):

@@ -1,4 +1,4 @@
-"""flash_attention against scaled_dot_product_attention: the same numbers, in memory linear in the lengths."""
+"""flash_attention against scaled_dot_product_attention: the same numbers, with memory linear in n and m."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ import pytest
 
 import attention
 from attention import flash_attention, scaled_dot_product_attention
-from common import arrays, enable_x64
+from common import arrays
 
 flash = jax.jit(flash_attention, static_argnames=("causal", "block_size"))
 plain = jax.jit(scaled_dot_product_attention, static_argnames="causal")
@@ -19,7 +19,7 @@ plain = jax.jit(scaled_dot_product_attention, static_argnames="causal")
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def both(query, key, value, mask, weight, causal, block_size):
-    """Output and gradients with respect to query, key and value, of the flash function and of the plain one."""
+    """Output and gradients with respect to query, key and value, of flash and of plain attention."""
 
     def output_and_gradients(attention):
         def weighted(*inputs):
@@ -51,15 +51,6 @@ def test_flash_equals_plain(n, m, block_size, mask_shape, causal):
         np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 1), (9, 1), (5,), ()], ids=["by head", "by query", "by key", "one for all"])
-def test_masks_broadcast(shape):
-    """A mask that lacks axes, or has them with length 1, does what it does to the plain function."""
-    query, key, value = arrays((3, 9, 4), (3, 5, 4), (3, 5, 6))
-    mask = np.random.default_rng(1).random(shape) < 0.6
-    output = flash(query, key, value, mask, block_size=4)
-    np.testing.assert_allclose(output, plain(query, key, value, mask), atol=1e-6)
-
-
 def test_leading_axes_broadcast():
     """One set of keys and values serves many queries, and its gradient is the sum over them."""
     query, key, value, weight = arrays((2, 3, 5, 4), (1, 3, 7, 4), (7, 6), (2, 3, 5, 6))
@@ -67,33 +58,64 @@ def test_leading_axes_broadcast():
         np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
-def test_rows_that_attend_to_nothing_are_zero():
-    """A query without a key gets exact zeros and a zero gradient, also where whole blocks are masked."""
+def test_fully_masked_queries_output_zeros():
+    """A fully masked query outputs exact zeros and has a zero gradient, also if whole blocks are masked."""
     query, key, value = arrays((6, 4), (6, 4), (6, 4))
     mask = np.ones((6, 6), bool)
     mask[1] = False
-    mask[4, :5] = False  # row 4 sees the last block only, and only itself there
-    weight = np.eye(6, 4, -1, np.float32)  # non-zero from row 1 on
+    mask[4, :5] = False  # row 4 attends only to the last block, and only to itself there
+    weight = np.eye(6, 4, -1, np.float32)  # nonzero from row 1 on
     results = both(query, key, value, mask, weight, True, 2)
     assert not np.any(np.asarray(results[0][0])[1])
     for actual, expected in zip(*results, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-6)
-    nothing, _ = both(query, key, value, np.zeros((6, 6), bool), weight, True, 2)
-    assert not any(map(np.any, nothing))
+    masked, _ = both(query, key, value, np.zeros((6, 6), bool), weight, True, 2)
+    assert not any(map(np.any, masked))
+
+
+@pytest.mark.parametrize(("causal", "outer"), [(False, "reverse"), (False, "forward"), (True, "forward")])
+def test_second_derivatives(causal, outer):
+    """The derivative of the gradient is plain attention's, with fully masked queries and a padded last block."""
+    inputs = arrays((5, 4), (5, 4), (5, 6))
+    mask = np.random.default_rng(1).random((5, 5)) < 0.7
+    mask[2] = False
+
+    def second(attention):
+        gradient = jax.grad(lambda qkv: jnp.square(attention(*qkv, mask, causal=causal)).sum())
+        if outer == "forward":
+            return jax.jvp(gradient, [inputs], [inputs])[1]
+        return jax.grad(lambda qkv: sum(jnp.sin(x).sum() for x in gradient(qkv)))(inputs)
+
+    actual = jax.jit(lambda: second(functools.partial(flash_attention, block_size=3)))()
+    for a, b in zip(actual, jax.jit(lambda: second(scaled_dot_product_attention))(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_unsupported_derivatives():
+    """JAX refuses forward mode, and the second derivative of the causal function in reverse mode."""
+    x = arrays((6, 4))[0]
+
+    def function(x):
+        return flash_attention(x, x, x, causal=True, block_size=2).sum()
+
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jvp(function, (x,), (x,))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(lambda x: jax.grad(function)(x).sum())(x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
-    """In half precision, output and gradients are the plain function's in float32, up to a few roundings.
+    """In half precision, output and gradients are plain attention's in float32, up to a few roundings.
 
-    Both functions round the weights to the dtype of value before the second product. The sums stay in float32, however
-    many blocks they are made of.
+    Both functions round the weights to the dtype of value before the second product. The sums stay in float32, for any
+    number of blocks.
     """
     halves = arrays((2, 64, 8), (2, 64, 8), (2, 64, 8), (2, 64, 8), dtype=dtype)
-    flashed, plained = both(*halves[:3], None, halves[3], True, 4)
+    results = both(*halves[:3], None, halves[3], True, 4)
     _, expected = both(*(x.astype(jnp.float32) for x in halves[:3]), None, halves[3].astype(jnp.float32), True, 4)
-    for results in (flashed, plained):
-        for actual, exact in zip(results, expected, strict=True):
+    for result in results:
+        for actual, exact in zip(result, expected, strict=True):
             assert actual.dtype == dtype
             tolerance = 2 * float(jnp.finfo(dtype).eps) * abs(exact).max()
             np.testing.assert_allclose(actual.astype(float), exact, atol=tolerance)
@@ -103,15 +125,15 @@ def test_half_precision(dtype):
 def test_large_scores(score):
     """Equal scores share the weight equally, however far from zero they are."""
     query, key, weight = jnp.full((5, 1), score), jnp.ones((5, 1)), jnp.ones((5, 6))
-    flashed, plained = both(query, key, arrays((5, 6))[0], None, weight, True, 2)
-    np.testing.assert_allclose(flashed[0], plained[0], atol=1e-6)
-    # The backward pass takes a weight from the difference of two numbers as large as the score, each of 24 bits.
-    np.testing.assert_allclose(flashed[3], plained[3], rtol=0.02)
+    flashed, expected = both(query, key, arrays((5, 6))[0], None, weight, True, 2)
+    np.testing.assert_allclose(flashed[0], expected[0], atol=1e-6)
+    # The backward pass computes a weight from the difference of two numbers as large as the score, with 24 bits each.
+    np.testing.assert_allclose(flashed[3], expected[3], rtol=0.02)
 
 
 def test_dtypes_mix():
-    """A value of another dtype than query and key gives the plain function's dtype and numbers."""
-    with enable_x64(True):
+    """A value with another dtype than query and key gives plain attention's dtype and numbers."""
+    with jax.enable_x64(True):
         query, key = arrays((5, 4), (5, 4))
         (value,) = arrays((5, 6), dtype=jnp.float64)
         mask = np.arange(5)[:, None] != 2
@@ -122,16 +144,16 @@ def test_dtypes_mix():
             np.testing.assert_allclose(output.astype(float) / scale, expected.astype(float) / scale, atol=tolerance)
 
 
-def test_vmap():
-    """vmap over an extra axis equals the batched call."""
-    query, key, value = arrays((2, 5, 4), (2, 5, 4), (2, 5, 4))
-    function = functools.partial(flash_attention, causal=True, block_size=2)
-    mapped = jax.jit(jax.vmap(function))(query, key, value)
-    np.testing.assert_allclose(mapped, flash(query, key, value, causal=True, block_size=2), atol=1e-6)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_strict_dtype_promotion(dtype):
+    """No dtype is converted implicitly."""
+    inputs = arrays((5, 4), (5, 4), (5, 4), (5, 4), dtype=dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        both(*inputs[:3], np.eye(5, dtype=bool), inputs[3], True, 2)
 
 
 def temporary_bytes(length, gradient):
-    """What XLA allocates on a CPU besides arguments and results, for 2 heads of 16, causal, with a padding mask."""
+    """Temporary memory that XLA plans on a CPU, for 2 heads of 16, causal, with a padding mask."""
 
     def attend(query, key, value, mask):
         return flash_attention(query, key, value, mask, causal=True, block_size=16).sum()
@@ -152,7 +174,7 @@ def test_memory_is_linear_in_the_length(gradient):
 
 
 def test_a_padding_mask_is_never_expanded():
-    """No array of the program has n x m elements where the mask has 1 x m."""
+    """If the mask has 1 x m elements, no array of the program has n x m."""
     x, mask = jax.ShapeDtypeStruct((512, 4), jnp.float32), jax.ShapeDtypeStruct((1, 512), bool)
 
     def gradient(query, key, value, mask):
@@ -161,33 +183,39 @@ def test_a_padding_mask_is_never_expanded():
     assert not re.search(r"\[512,512\]|\[1,512,512\]", str(jax.make_jaxpr(gradient)(x, x, x, mask)))
 
 
-def test_causality_leaves_out_blocks(monkeypatch):
-    """With causal=True, the loops run to block i of the keys, and from block j of the queries."""
+@pytest.mark.parametrize("causal", [False, True])
+def test_causal_attention_skips_blocks(monkeypatch, causal):
+    """With causal=True, only the blocks up to the diagonal are computed, forward and backward."""
     query, key, value = arrays((12, 4), (12, 4), (12, 4))
+    computed, block_scores = [], attention._block_scores
 
-    def blocks_of_scores(causal, monkeypatch):
-        computed, block_scores = [], attention._block_scores
+    def recording_block_scores(*arguments):
+        computed.append(tuple(map(int, arguments[-2:])))
+        return block_scores(*arguments)
 
-        def spy(*arguments):
-            computed.append(tuple(map(int, arguments[-2:])))
-            return block_scores(*arguments)
-
-        with monkeypatch.context() as patch, jax.disable_jit():  # without jit, a loop runs in Python
-            patch.setattr(attention, "_block_scores", spy)
-            jax.grad(lambda query: flash_attention(query, key, value, causal=causal, block_size=4).sum())(query)
-        return sorted(computed)
-
-    everything = [(i, j) for i in range(3) for j in range(3)]
-    assert blocks_of_scores(False, monkeypatch) == sorted(2 * everything)  # forward and backward
-    assert blocks_of_scores(True, monkeypatch) == sorted(2 * [(i, j) for i, j in everything if j <= i])
+    monkeypatch.setattr(attention, "_block_scores", recording_block_scores)
+    with jax.disable_jit():  # loops run in Python
+        jax.grad(lambda query: flash_attention(query, key, value, causal=causal, block_size=4).sum())(query)
+    blocks = [(i, j) for i in range(3) for j in range(3) if j <= i or not causal]
+    assert sorted(computed) == sorted(2 * blocks)
 
 
-def test_strict_dtype_promotion():
-    """Nothing relies on JAX to convert dtypes: it also works where that is forbidden."""
-    for dtype in (jnp.float32, jnp.bfloat16):
-        inputs = arrays((5, 4), (5, 4), (5, 4), (5, 4), dtype=dtype)
-        with jax.numpy_dtype_promotion("strict"):
-            both(*inputs[:3], np.eye(5, dtype=bool), inputs[3], True, 2)
+def test_calls_outside_jit_compile_once(caplog):
+    """From the second call with the same shapes on, nothing is compiled, with or without gradients."""
+    x = arrays((2, 9, 4))[0]
+
+    def attend(x):
+        return flash_attention(x, x, x, causal=True, block_size=4).sum()
+
+    for function in (attend, jax.grad(attend)):
+        compiled = []
+        for _ in range(3):
+            caplog.clear()
+            with jax.log_compiles():
+                function(x)
+            compiled.append(sum("Compiling" in record.getMessage() for record in caplog.records))
+        assert compiled[0] > 0
+        assert compiled[2] == 0
 
 
 def test_export():
@@ -199,56 +227,8 @@ def test_export():
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_calls_outside_jit_compile_once(caplog):
-    """From the second call with the same shapes on, nothing is compiled, with gradients or without."""
-    x = arrays((2, 9, 4))[0]
-    for function in (
-        lambda x: flash_attention(x, x, x, causal=True, block_size=4),
-        jax.grad(lambda x: flash_attention(x, x, x, causal=True, block_size=4).sum()),
-    ):
-        compiled = []
-        for _ in range(3):
-            caplog.clear()
-            with jax.log_compiles():
-                function(x)
-            compiled.append(sum("Compiling" in record.getMessage() for record in caplog.records))
-        assert compiled[0] > 0
-        assert compiled[2] == 0
-
-
-@pytest.mark.parametrize(("causal", "outer"), [(False, "reverse"), (False, "forward"), (True, "forward")])
-def test_second_derivatives(causal, outer):
-    """The gradient's derivative is the plain function's, with fully masked queries and a padded last block."""
-    inputs = arrays((5, 4), (5, 4), (5, 6))
-    mask = np.random.default_rng(1).random((5, 5)) < 0.7
-    mask[2] = False
-
-    def second(attention):
-        gradient = jax.grad(lambda qkv: jnp.square(attention(*qkv, mask, causal=causal)).sum())
-        if outer == "forward":
-            return jax.jvp(gradient, [inputs], [inputs])[1]
-        return jax.grad(lambda qkv: sum(jnp.sin(x).sum() for x in gradient(qkv)))(inputs)
-
-    actual = jax.jit(lambda: second(functools.partial(flash_attention, block_size=3)))()
-    for a, b in zip(actual, jax.jit(lambda: second(scaled_dot_product_attention))(), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-def test_what_only_the_plain_function_has():
-    """Forward mode is refused, and so is the second derivative in reverse mode of the causal function."""
-    x = arrays((6, 4))[0]
-
-    def function(x):
-        return flash_attention(x, x, x, causal=True, block_size=2).sum()
-
-    with pytest.raises(TypeError, match="forward-mode autodiff"):
-        jax.jvp(function, (x,), (x,))
-    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        jax.grad(lambda x: jax.grad(function)(x).sum())(x)
-
-
 @pytest.mark.parametrize("block_size", [0, -1, 2.0])
 def test_bad_block_size(block_size):
-    """A block size below one, or not an integer, raises one sentence."""
+    """A block size below one, or one that is not an integer, raises an error."""
     with pytest.raises(ValueError, match=f"block_size must be a Python int of at least 1, got {block_size}"):
         flash_attention(*arrays((2, 4), (2, 4), (2, 4)), block_size=block_size)

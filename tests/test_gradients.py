@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 import main
 import transformer_layer as tl
 from attention import attention_weights, flash_attention, scaled_dot_product_attention
-from common import enable_x64, random_params
+from common import random_params
 
 N, M, D, H, F = 3, 4, 4, 2, 6
 PARAMS = functools.partial(random_params, seed=3)
@@ -63,7 +63,7 @@ def test_derivatives(name):
 
     Of flash_attention there is the first derivative in reverse mode.
     """
-    with enable_x64(True):
+    with jax.enable_x64(True):
         function, arguments = cases()[name]
         function, arguments = jax.jit(function), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
         order, modes = (1, ["rev"]) if name.startswith("flash_attention") else (2, ["fwd", "rev"])

@@ -32,29 +32,26 @@ def in_float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-def equation_1(query, key, value, causal=False):
-    """softmax(Q K^T / sqrt(d_k)) V, one number at a time."""
+def equation_1(query, key, value, mask=True):
+    """softmax(Q K^T / sqrt(d_k)) V, one number at a time. A fully masked query outputs zeros."""
     (n, d_k), (m, d_v) = query.shape, value.shape
-    output = np.zeros((n, d_v))
+    mask, output = np.broadcast_to(mask, (n, m)), np.zeros((n, d_v))
     for i in range(n):
-        exponentials = np.zeros(m)
-        for j in range(i + 1 if causal else m):
-            dot_product = 0.0
-            for c in range(d_k):
-                dot_product += query[i, c] * key[j, c]
+        attended = np.flatnonzero(mask[i])
+        exponentials = {}
+        for j in attended:
+            dot_product = sum(query[i, c] * key[j, c] for c in range(d_k))
             exponentials[j] = math.exp(dot_product / math.sqrt(d_k))
-        for j in range(m):
+        for j in attended:
             for c in range(d_v):
-                output[i, c] += exponentials[j] / exponentials.sum() * value[j, c]
+                output[i, c] += exponentials[j] / sum(exponentials.values()) * value[j, c]
     return output
 
 
-def multi_head(params, query, key, value, causal=False):
+def multi_head(params, query, key, value, mask=True):
     """Concat(head_1, ..., head_h) W^O, where head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)."""
     heads = [
-        equation_1(
-            query @ params["query"][:, i], key @ params["key"][:, i], value @ params["value"][:, i], causal=causal
-        )
+        equation_1(query @ params["query"][:, i], key @ params["key"][:, i], value @ params["value"][:, i], mask)
         for i in range(params["query"].shape[1])
     ]
     h, d_v, d_model = params["output"].shape
@@ -85,7 +82,7 @@ def encoder(params, x):
 def decoder(params, x, memory):
     """Figure 1, right: as the encoder, with causal self-attention, and attention over the memory after it."""
     for p in layers(params):
-        x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x, causal=True))
+        x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x, np.tri(len(x))))
         x = layer_norm(p["cross_attention_norm"], x + multi_head(p["cross_attention"], x, memory, memory))
         x = layer_norm(p["feed_forward_norm"], x + equation_2(p["feed_forward"], x))
     return x

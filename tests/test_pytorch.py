@@ -14,7 +14,6 @@ import pytest
 
 import transformer_layer as tl
 from attention import flash_attention, scaled_dot_product_attention
-from common import enable_x64
 
 # Both are absolute and relative: |actual - expected| <= tolerance * (1 + |expected|).
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -96,7 +95,7 @@ def assert_agrees(case, dtype, params_from_torch, function):
         output, gradients = jax.vjp(lambda params, inputs: function(params, *inputs), params, inputs)
         return {"output": output, "gradients": gradients(output_weights)}
 
-    with enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"):
         arguments = *params_and_inputs(data["inputs"] | data["weights"]), data["output_weights"]
         actual = output_and_gradients(*jax.tree.map(lambda x: x.astype(dtype), arguments))
         actual = jax.tree.map(np.asarray, actual)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import main
-from common import arrays, early, enable_x64, many_devices, random_params
+from common import arrays, many_devices, random_params
 from transformer_layer import decoder, encoder, init_decoder, init_decoder_layer, init_encoder, init_encoder_layer
 
 PROGRAM = [sys.executable, str(Path(main.__file__))]
@@ -57,7 +57,7 @@ def loss(params, x, y):
 @functools.cache
 def programs(shape):
     """Compiled on 8 devices as a mesh of that shape: the outputs and the gradient, and their inputs in place."""
-    with enable_x64(True):
+    with jax.enable_x64(True):
         params = {
             "encoder": random_params(init_encoder, 2, 16, 8, 32, seed=1),
             "decoder": random_params(init_decoder, 2, 16, 8, 32, seed=2),
@@ -143,7 +143,7 @@ def finished(*processes):
     return [output for output, _ in outputs]
 
 
-@early
+@pytest.fixture(scope="session")
 def two_processes():
     """The outputs of main.py as two processes of two devices each, which meet as those that Slurm's srun starts."""
     with socket.socket() as listener:  # a Slurm job finds its port by its number: here one that nobody listens on

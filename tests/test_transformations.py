@@ -1,6 +1,7 @@
-"""What JAX does to pure functions: the same numbers under every transformation, and no needless compilation."""
+"""JAX's transformations and dtypes: the same numbers under each of them, and no needless compilation."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +12,36 @@ from jax.sharding import PartitionSpec as P
 
 import transformer_layer as tl
 from attention import attention_weights, flash_attention, padding_mask, scaled_dot_product_attention
-from common import arrays, enable_x64, many_devices, random_params
+from common import arrays, many_devices, random_params
 
 LAYERS, D, H, F, N, M = 2, 8, 2, 12, 5, 6
-ENCODER = random_params(tl.init_encoder, LAYERS, D, H, F, seed=1)
-DECODER = random_params(tl.init_decoder, LAYERS, D, H, F, seed=2)
+PARAMS = {
+    "encoder": random_params(tl.init_encoder, LAYERS, D, H, F, seed=1),
+    "decoder": random_params(tl.init_decoder, LAYERS, D, H, F, seed=2),
+}
+SOURCE, TARGET = arrays((3, M, D), (3, N, D))
+MASK = padding_mask(np.array([4, 6, 1]), M)
+FLASH = functools.partial(flash_attention, block_size=4)
 
 
 def transformer(params, source, target, mask=None, **options):
-    """Encoder and decoder, source (..., m, d) and target (..., n, d) -> (..., n, d)."""
+    """Encoder and decoder: source (..., m, d) and target (..., n, d) -> (..., n, d)."""
     memory = tl.encoder(params["encoder"], source, mask, **options)
     return tl.decoder(params["decoder"], target, memory, None, mask, **options)
 
 
-PARAMS = {"encoder": ENCODER, "decoder": DECODER}
-SOURCE, TARGET = arrays((3, M, D), (3, N, D))
-MASK = padding_mask(np.array([4, 6, 1]), M)
 COMPILED = jax.jit(transformer, static_argnames="attention")
 EXPECTED = functools.cache(lambda: np.asarray(COMPILED(PARAMS, SOURCE, TARGET, MASK)))
-FLASH = functools.partial(flash_attention, block_size=4)
+
+# ---- Transformations -----------------------------------------------------------------------------------------------
 
 
 def test_vmap_over_the_batch():
-    """One sentence at a time under `jax.vmap` is the batch at once."""
-    mapped = jax.jit(jax.vmap(transformer, in_axes=(None, 0, 0, 0)))(PARAMS, SOURCE, TARGET, MASK)
-    np.testing.assert_allclose(mapped, EXPECTED(), atol=5e-6)
+    """One sequence at a time under `jax.vmap` equals the batch."""
+    for attention in (scaled_dot_product_attention, FLASH):
+        function = functools.partial(transformer, attention=attention)
+        mapped = jax.jit(jax.vmap(function, in_axes=(None, 0, 0, 0)))(PARAMS, SOURCE, TARGET, MASK)
+        np.testing.assert_allclose(mapped, EXPECTED(), atol=5e-6)
 
 
 def test_vmap_over_parameters():
@@ -47,19 +53,39 @@ def test_vmap_over_parameters():
 
 
 def test_remat_keeps_the_gradient():
-    """`jax.checkpoint` around the encoder changes what is stored and not the gradient."""
+    """`jax.checkpoint` around the encoder changes what is stored, not the gradient."""
 
     def gradient(function):
-        return jax.grad(lambda params: jnp.square(function(params, SOURCE, MASK)).sum())(ENCODER)
+        return jax.grad(lambda params: jnp.square(function(params, SOURCE, MASK)).sum())(PARAMS["encoder"])
 
     plain, remat = jax.jit(lambda: [gradient(function) for function in (tl.encoder, jax.checkpoint(tl.encoder))])()
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # sums of 18 squares of up to 10, in float32
 
 
+def test_new_values_do_not_compile_again():
+    """New parameters, inputs, masks, random keys and dropout rates reuse the compiled program."""
+    traces = []
+
+    @jax.jit
+    def traced(*arguments, **options):
+        traces.append(None)
+        return transformer(*arguments, attention=FLASH, **options)
+
+    for seed in (0, 1):
+        params = jax.tree.map(lambda leaf, seed=seed: leaf + seed, PARAMS)
+        mask = padding_mask(np.array([6, 2, 3 + seed]), M)
+        options = {"dropout_rng": jax.random.key(seed), "dropout_rate": 0.1 + seed / 10}
+        traced(params, SOURCE + seed, TARGET - seed, mask, **options)
+    assert len(traces) == 1
+
+
+# ---- Dtypes --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_parameters(dtype):
-    """Parameters and inputs cast by `jax.tree.map` give half-precision outputs near those of float32."""
+    """Parameters and inputs cast by `jax.tree.map` give half-precision outputs close to those of float32."""
     params, source, target = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), (PARAMS, SOURCE, TARGET))
     output = np.asarray(COMPILED(params, source, target, MASK))
     assert output.dtype == dtype
@@ -68,8 +94,8 @@ def test_half_precision_parameters(dtype):
 
 
 def test_x64():
-    """With x64 on, float64 stays float64 from end to end, and agrees with float32 as far as that goes."""
-    with enable_x64(True):
+    """Under x64, float64 stays float64 from end to end, and agrees with float32."""
+    with jax.enable_x64(True):
         arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (PARAMS, SOURCE, TARGET))
         output = COMPILED(*arguments, MASK)
         weights = jax.eval_shape(attention_weights, arguments[1], arguments[1])
@@ -77,107 +103,68 @@ def test_x64():
     np.testing.assert_allclose(output, EXPECTED(), atol=5e-6)
 
 
-def matrix_products(jaxpr):
-    """The `dot_general`s of a program, also of those inside of its loops and calls."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for parameter in equation.params.values():
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from matrix_products(inner)
+def matrix_products(function, *arguments):
+    """The dtypes (left, right, result) of each matrix product in the program that JAX hands to XLA."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    pattern = r"stablehlo\.dot_general .*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\) -> tensor<(?:\d+x)*(\w+)>"
+    return re.findall(pattern, text)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
-def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype):
-    """No product multiplies half-precision numbers as float32; those of attention add them up in float32."""
+def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype, name):
+    """No product multiplies half-precision numbers as float32. Those of attention accumulate in float32."""
     inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, SOURCE, TARGET))
-    program = jax.make_jaxpr(functools.partial(transformer, attention=attention))(*inputs, MASK)
-    products = list(matrix_products(program.jaxpr))
-    assert len(products) == 3 * (4 + 2) + 2 * 2  # projections and products of three attentions, two feed-forwards
-    for product in products:
-        assert [operand.aval.dtype for operand in product.invars] == [dtype, dtype]
-    programs = [jax.make_jaxpr(attention)(*3 * [inputs[1]])]
-    if attention is FLASH:  # its backward pass is written here, the plain function's is JAX's own
-        programs.append(
-            jax.make_jaxpr(jax.grad(lambda *qkv: attention(*qkv).sum(), argnums=(0, 1, 2)))(*3 * [inputs[1]])
-        )
-    for program in programs:
-        for product in matrix_products(program.jaxpr):
-            assert [operand.aval.dtype for operand in product.invars] == [dtype, dtype]
-            assert product.params["preferred_element_type"] == jnp.float32
+    products = matrix_products(functools.partial(transformer, attention=attention), *inputs)
+    assert len(products) >= 2 * (4 + 2) + 4  # at least those of an encoder layer and a decoder layer
+    assert {operands for *operands, _ in map(list, products) for operands in operands} == {name}
+    functions = [attention]
+    if attention is FLASH:  # its backward pass is written here; plain attention's is JAX's own
+        functions.append(jax.grad(lambda *qkv: attention(*qkv).sum(), argnums=(0, 1, 2)))
+    for function in functions:
+        assert set(matrix_products(function, *3 * [inputs[1]])) == {(name, name, "f32")}
+
+
+# ---- Meshes of devices ---------------------------------------------------------------------------------------------
 
 
 def on_a_mesh(function, kind, spec, *inputs):
-    """The gradient of the function with its inputs split over a mesh of 4 x 2 virtual devices by the spec."""
-    axis_types = {"axis_types": 2 * (kind,)}
-    mesh = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices("cpu")[:8], **axis_types)
+    """The gradient of the function, with its inputs split over a mesh of 4 x 2 virtual devices."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices("cpu")[:8], axis_types=2 * (kind,))
     placed = jax.device_put(inputs, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))(*placed)
 
 
-newer_jax = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no jax.set_mesh")
-
-
 @many_devices
-@newer_jax
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
 def test_attention_on_a_mesh(attention, kind):
-    """Batch and heads lie on 8 devices, where XLA finds out how to compute (Auto) or the types say it (Explicit)."""
+    """Batch and heads are split over 8 devices, by the compiler (Auto), by type (Explicit), or by `jax.shard_map`."""
     inputs = arrays((4, 2, 10, 6), (4, 2, 10, 6), (4, 2, 10, 5))
-    function = functools.partial(attention, causal=True)
+    function, spec = functools.partial(attention, causal=True), P("data", "model")
     expected = jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
-    gradient = on_a_mesh(function, getattr(AxisType, kind), P("data", "model"), *inputs)
+    mapped = jax.shard_map(function, in_specs=spec, out_specs=spec) if kind == "shard_map" else function
+    gradient = on_a_mesh(mapped, getattr(AxisType, kind, AxisType.Auto), spec, *inputs)
     for actual, exact in zip(gradient, expected, strict=True):
         assert actual.sharding.spec[:2] == ("data", "model")
         np.testing.assert_allclose(actual, exact, atol=2e-6)
 
 
-@many_devices
-@newer_jax
-def test_flash_inside_shard_map():
-    """The same where each device runs a program of its own, with JAX's check of what varies from device to device."""
-    inputs = arrays((4, 2, 10, 6), (4, 2, 10, 6), (4, 2, 10, 5))
-    function = functools.partial(FLASH, causal=True)
-    expected = jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
-    spec = P("data", "model")
-    mapped = jax.shard_map(function, in_specs=spec, out_specs=spec)
-    for actual, exact in zip(on_a_mesh(mapped, AxisType.Auto, spec, *inputs), expected, strict=True):
-        np.testing.assert_allclose(actual, exact, atol=2e-6)
-
-
-def test_nothing_compiles_again_when_only_values_change():
-    """New parameters, inputs, masks, random keys and dropout rates run the program that is already compiled."""
-    compiled = jax.jit(functools.partial(transformer, attention=FLASH))
-    for seed in (0, 1):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf + seed, PARAMS)
-        mask = padding_mask(np.array([6, 2, 3 + seed]), M)
-        options = {"dropout_rng": jax.random.key(seed), "dropout_rate": 0.1 + seed / 10}
-        compiled(params, SOURCE + seed, TARGET - seed, mask, **options)
-    assert compiled._cache_size() == 1
+# ---- Extreme contents and shapes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
-def test_contents_of_padding_never_matter(attention):
-    """The largest finite numbers in masked keys and values leave every output as it was, to the last bit."""
+def test_the_contents_of_padding_do_not_matter(attention):
+    """The largest finite numbers in masked keys and values change no bit of the output. Gradients stay finite."""
     query, key, value = arrays((6, 4), (6, 4), (6, 4))
     mask = padding_mask(4, 6)[0]
     largest = float(jnp.finfo(jnp.float32).max)
     signs = np.array([[1, -1, 1, 1], [-1, -1, 1, -1]], np.float32)
-    function = jax.jit(attention)
-    expected = function(query, key, value, mask)
-    changed = function(query, key.at[4:].set(largest * signs), value.at[4:].set(-largest * signs), mask)
-    np.testing.assert_array_equal(changed, expected)
+    attend = jax.jit(attention)
+    changed = attend(query, key.at[4:].set(largest * signs), value.at[4:].set(-largest * signs), mask)
+    np.testing.assert_array_equal(changed, attend(query, key, value, mask))
 
-
-@pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
-def test_contents_of_padding_never_matter_to_the_gradient(attention):
-    """The same for gradients, up to contents whose scores are still finite."""
-    query, key, value = arrays((6, 4), (6, 4), (6, 4))
-    mask = padding_mask(4, 6)[0]
     gradient = jax.jit(jax.grad(lambda *qkv: jnp.square(attention(*qkv, mask)).sum(), argnums=(0, 1, 2)))
     expected = gradient(query, key, value)
     for actual, exact in zip(gradient(query, key.at[4:].set(1e30), value.at[4:].set(-1e30)), expected, strict=True):
@@ -185,16 +172,15 @@ def test_contents_of_padding_never_matter_to_the_gradient(attention):
 
 
 @pytest.mark.parametrize("options", [{}, {"attention": FLASH}], ids=["plain", "flash"])
-def test_contents_of_padding_never_matter_in_the_stacks(options):
-    """The same for encoder and decoder, up to contents whose projections are still finite, by either attention."""
-    noise = 1e30 * arrays(SOURCE.shape, seed=5)[0]
-    padded = jnp.where(MASK[:, 0, 0, :, None], SOURCE, noise)
+def test_the_contents_of_padding_do_not_matter_in_the_stacks(options):
+    """As long as the projections of the contents are finite."""
+    padded = jnp.where(MASK[:, 0, 0, :, None], SOURCE, 1e30 * arrays(SOURCE.shape, seed=5)[0])
     np.testing.assert_allclose(COMPILED(PARAMS, padded, TARGET, MASK, **options), EXPECTED(), atol=5e-6)
 
 
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
 def test_huge_scores_give_no_nan(attention):
-    """Scores of 1e8 saturate the softmax: the output is the value of the best key, the gradient is finite."""
+    """Scores of 1e8 saturate the softmax: the output is the value of the best key, and the gradient is finite."""
     query, value = jnp.array([[1e4, 0.0], [0.0, 1e4]]), jnp.array([[1.0, 2.0], [3.0, 4.0]])
     output, gradient = jax.jit(jax.value_and_grad(lambda q: attention(q, q, value).sum()))(query)
     assert output == value.sum()
@@ -213,7 +199,6 @@ def test_smallest_shapes(attention, batch, n, m):
 
 
 def test_smallest_shapes_of_the_stacks():
-    """An empty batch, and a memory of zero positions, pass through encoder and decoder without NaN."""
+    """Encoder and decoder accept an empty batch, and a memory of zero positions gives no NaN."""
     assert jax.eval_shape(transformer, PARAMS, SOURCE[:0], TARGET[:0]).shape == (0, N, D)
-    without_memory = jax.jit(tl.decoder)(DECODER, TARGET, SOURCE[:, :0])
-    assert jnp.isfinite(without_memory).all()
+    assert jnp.isfinite(jax.jit(tl.decoder)(PARAMS["decoder"], TARGET, SOURCE[:, :0])).all()
