@@ -68,7 +68,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 
 
-# ---- FlashAttention ------------------------------------------------------------------------------------------------
+# ---- FlashAttention --------------------------------------------------------------------------------------------------
 
 # The functions above are the complete algorithm. The rest of this file is efficiency: the same numbers without the
 # n x m matrix. The next four functions handle one head, cut into blocks. In their shapes, n and m are the sizes of a
@@ -209,7 +209,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)
 
 
-# ---- Dtypes and checks of arguments --------------------------------------------------------------------------------
+# ---- Dtypes and checks of arguments ----------------------------------------------------------------------------------
 
 
 def at_least_float32(*arrays):

@@ -32,7 +32,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
 LABEL_SMOOTHING = 0.1  # section 5.4
 AVERAGED_STEPS = 50  # section 6.1 averages the last checkpoints
 
-# ---- The model: Figure 1, sections 3.4 and 3.5 ---------------------------------------------------------------------
+# ---- The model: Figure 1, sections 3.4 and 3.5 -----------------------------------------------------------------------
 
 
 def positional_encoding(length, d_model):
@@ -141,7 +141,7 @@ def cross_attention_weights(params, source, target):
     return jax.lax.scan(layer, embed(params, shift_right(target)), params["decoder"])[1][-1]
 
 
-# ---- Training: sections 5.3, 5.4 and 6.1 ---------------------------------------------------------------------------
+# ---- Training: sections 5.3, 5.4 and 6.1 -----------------------------------------------------------------------------
 
 
 def loss(params, source, target):
@@ -194,7 +194,7 @@ def average(mean, params, count):
     return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
 
-# ---- Many devices --------------------------------------------------------------------------------------------------
+# ---- Many devices ----------------------------------------------------------------------------------------------------
 
 
 def partition_specs(params):
@@ -213,7 +213,7 @@ def partition_specs(params):
     return jax.tree.map_with_path(spec, params)
 
 
-# ---- The task: reversing strings -----------------------------------------------------------------------------------
+# ---- The task: reversing strings -------------------------------------------------------------------------------------
 
 
 def random_strings(generator, batch_size, length):
@@ -235,7 +235,7 @@ def as_text(tokens):
     return "".join(SYMBOLS[token] for token in tokens)
 
 
-# ---- The program ---------------------------------------------------------------------------------------------------
+# ---- The program -----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments():
@@ -253,9 +253,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=300, help="training steps")
     parser.add_argument("--warmup-steps", type=int, default=400, help="steps in which the learning rate grows")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
-    parser.add_argument(
-        "--model-parallel", type=int, default=1, help="devices that share the heads and d_ff of a layer"
-    )
+    parser.add_argument("--model-parallel", type=int, default=1, help="devices that share the heads of a layer")
     parser.add_argument("--distributed", action="store_true", help="join the processes that mpirun or srun started")
     arguments = parser.parse_args()
 
@@ -340,7 +338,7 @@ def main():
         jax.block_until_ready(forward(params, source, target))
         print(f"{call:<17} {(time.perf_counter() - start) * 1e3:13.2f} ms{'  (compiles)' * (call == 'first call')}")
 
-    print(f"\n3. Training: {steps} steps on random strings" if steps else "\n3. Training: skipped (--steps 0)")
+    print("\n3. Training:", f"{steps} steps on random strings\n" if steps else "skipped (--steps 0)")
     averaged, shown = min(steps, AVERAGED_STEPS), {i * steps // 6 for i in range(1, 7)}
     untrained = mean = params
     for step in range(1, steps + 1):

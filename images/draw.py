@@ -1,305 +1,262 @@
-"""The pictures of README. They need two packages that nothing else here does: `pip install matplotlib pillow`.
+"""Draws the pictures of README: `pip install matplotlib pillow`, then `python images/draw.py`.
 
-    python images/draw.py
-
-rewrites them all: the same numbers, from the same seed, each time. The lines of code in the boxes are those of the
-source (tests/test_readme.py looks). The memory in flash_attention.png is what XLA plans when it compiles the gradients,
-here for a CPU.
+Random seeds are fixed. The code in the boxes is copied from the source; tests/test_readme.py checks that it still
+exists there. flash_attention.png shows the temporary memory that XLA plans on this machine (README: a CPU).
 """
 
-import itertools
+import functools
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 
 IMAGES = Path(__file__).parent
 sys.path.insert(0, str(IMAGES.parent))
 
-# ruff: noqa: E402 - as in any script of a folder below, the path comes first
+# ruff: noqa: E402 - the imports below need the path above
 import main
-from attention import flash_attention as flash
-from attention import scaled_dot_product_attention as plain
+from attention import flash_attention, scaled_dot_product_attention
 
-# Okabe and Ito's colours, which all kinds of colour vision tell apart, and lighter ones of the same hue to write on.
+# The palette of Okabe and Ito, which is safe for color blindness, and a light background for each color.
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#666666", "#0072b2", "#d55e00", "#009e73"
 LIGHT = {GREY: "#ececec", BLUE: "#d6e8f4", ORANGE: "#fbe3d3", GREEN: "#d5efe6"}
-
-plt.rcParams.update(
-    {
-        "figure.dpi": 100,  # README shows 800 pixels, saved at twice that
-        "savefig.dpi": 200,
-        "savefig.facecolor": "white",  # opaque, so that dark mode does not hide the ink
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": GREY,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-)
+MONOSPACED = "DejaVu Sans Mono"
+HEADING = {"ha": "center", "weight": "bold", "size": 11}
+plt.rcParams.update({"savefig.dpi": 200, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY})
 
 
 def code(line):
-    """A line of the source, to be written in a box; tests/test_readme.py finds it by this name."""
+    """Marks a line copied from the source. tests/test_readme.py looks for calls of this function."""
     return line
 
 
 def canvas(height):
-    """A figure of 8 by `height` inches, and axes over all of it, in inches."""
-    figure, axes = plt.subplots(figsize=(8, height))
-    axes.set(xlim=(0, 8), ylim=(0, height), position=(0, 0, 1, 1))
+    """A figure 8 inches wide, and axes that cover it, in inches."""
+    figure = plt.figure(figsize=(8, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 8), ylim=(0, height))
     axes.axis("off")
     return figure, axes
 
 
-def box(axes, x, y, width, title, line=None, colour=BLUE, height=0.56, size=7.6):
-    """A box around (x, y): what the paper calls it, and the code that does it."""
-    corner = x - width / 2, y - height / 2
-    style = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": LIGHT[colour], "edgecolor": colour}
-    axes.add_patch(FancyBboxPatch(corner, width, height, linewidth=1.3, **style))
-    axes.text(x, y + (0.12 if line else 0), title, ha="center", va="center", weight="bold", size=9.5)
-    if line:
-        axes.text(x, y - 0.13, line, ha="center", va="center", family="DejaVu Sans Mono", size=size)
+def box(axes, x, y, width, title="", line="", color=BLUE, height=0.56):
+    """A box centered at (x, y): the paper's name, and below it the code."""
+    style = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": LIGHT[color], "edgecolor": color}
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, linewidth=1.3, **style))
+    axes.text(x, y + 0.12, title, ha="center", va="center", weight="bold", size=9.5)
+    axes.text(x, y - 0.13, line, ha="center", va="center", family=MONOSPACED, size=7)
 
 
-def arrow(axes, *points, label=None, colour=INK):
-    """A line through the points that ends in an arrow head, with a shape written beside its middle."""
-    style = {"color": colour, "linewidth": 1.3}
-    for start, end in itertools.pairwise(points[:-1]):
-        axes.plot(*zip(start, end, strict=True), **style)
-    axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **style})
-    if label:
-        (x0, y0), (x1, y1) = points[-2:]
-        axes.text((x0 + x1) / 2 + 0.07, (y0 + y1) / 2, label, va="center", size=8.5, color=GREY)
+def arrow(axes, *points, label="", color=INK):
+    """An arrow along the points, with a label beside the middle of its last segment."""
+    style = {"arrowstyle": "-|>", "mutation_scale": 10, "joinstyle": "miter", "linewidth": 1.3, "color": color}
+    axes.add_patch(FancyArrowPatch(path=matplotlib.path.Path(points), **style))
+    (x0, y0), (x1, y1) = points[-2:]
+    axes.text((x0 + x1) / 2 + 0.07, (y0 + y1) / 2, label, va="center", size=8.5, color=GREY)
 
 
 def attention():
     """Figure 2 of the paper, with code and shapes."""
     figure, axes = canvas(6.3)
-    axes.text(1.85, 6.08, "scaled_dot_product_attention", ha="center", weight="bold", size=11)
-    x, width = 1.65, 3.14
-    for at, name, depth in ((0.78, "query", "n, k"), (x, "key", "m, k"), (3.5, "value", "m, v")):
-        axes.text(at, 0.22, name, ha="center", weight="bold", size=9.5)
-        if name != "value":
-            arrow(axes, (at, 0.4), (at, 1.02), label=f"({depth})")
-    for y, title, line, colour, size in (
-        (1.3, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key') + ", …)", BLUE, 6.9),
-        (2.225, "Scale", code("/ math.sqrt(d_k)"), BLUE, 7.6),
-        (3.15, "Mask (optional)", code("mask & causal_mask(n)"), GREY, 7.6),
-        (4.075, "SoftMax", code("jax.nn.softmax(scores, axis=-1, where=mask)"), ORANGE, 7.6),
-        (5.0, "MatMul", code('jnp.einsum("...nm,...mv->...nv", weights, value') + ", …)", BLUE, 6.9),
-    ):
-        box(axes, x, y, width, title, line, colour, size=size)
-        arrow(axes, (x, y + 0.28), (x, y + 0.645 if y < 5 else 5.95), label="(n, m)" if y < 5 else "(n, v)")
-    arrow(axes, (3.5, 0.4), (3.5, 5.0), (x + width / 2, 5.0))
+    axes.text(1.85, 6.08, "scaled_dot_product_attention", **HEADING)
+    for x, name in ((0.6, "query"), (1.7, "key"), (3.5, "value"), (4.72, "query"), (5.98, "key"), (7.24, "value")):
+        axes.text(x, 0.22, name, ha="center", weight="bold", size=9.5)
+    arrow(axes, (0.6, 0.4), (0.6, 1.02), label="(n, k)")
+    arrow(axes, (1.7, 0.4), (1.7, 1.02), label="(m, k)")
+    box(axes, 1.65, 1.3, 3.14, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key') + ", …)")
+    arrow(axes, (1.15, 1.58), (1.15, 1.945), label="(n, m)")
+    box(axes, 1.65, 2.225, 3.14, "Scale", code("/ math.sqrt(d_k)"))
+    arrow(axes, (1.15, 2.505), (1.15, 3.795), label="scores\n(n, m)")
+    box(axes, 2.48, 3.15, 1.48, "Mask (optional)", code("mask & causal_mask(n)"), GREY)
+    arrow(axes, (2.3, 3.43), (2.3, 3.795), label="applied by\nwhere=mask")
+    box(axes, 1.65, 4.075, 3.14, "SoftMax", code("jax.nn.softmax(scores, axis=-1, where=mask)"), ORANGE)
+    arrow(axes, (1.15, 4.355), (1.15, 4.72), label="weights (n, m)")
+    box(axes, 1.65, 5.0, 3.14, "MatMul", code('jnp.einsum("...nm,...mv->...nv", weights, value') + ", …)")
+    arrow(axes, (1.15, 5.28), (1.15, 5.95), label="(n, v)")
+    arrow(axes, (3.5, 0.4), (3.5, 5.0), (3.22, 5.0))
     axes.text(3.58, 2.7, "(m, v)", size=8.5, color=GREY, rotation=90, va="center")
-
     axes.plot((3.92, 3.92), (0.2, 6.1), color=LIGHT[GREY], linewidth=2)
-    axes.text(5.98, 6.08, "multi_head_attention", ha="center", weight="bold", size=11)
+
+    axes.text(5.98, 6.08, "multi_head_attention", **HEADING)
     axes.text(4.1, 5.62, "Before each shape:\nany leading axes (...)", size=8.5, color=GREY, va="center")
-    for at, name, line, length, split in (
-        (4.72, "query", code('"...nd,dhk->...hnk"'), "n", "h, n, k"),
-        (5.98, "key", code('"...md,dhk->...hmk"'), "m", "h, m, k"),
-        (7.24, "value", code('"...md,dhv->...hmv"'), "m", "h, m, v"),
+    for x, line, before, after in (
+        (4.72, code('"...nd,dhk->...hnk"'), "(n, d)", "(h, n, k)"),
+        (5.98, code('"...md,dhk->...hmk"'), "(m, d)", "(h, m, k)"),
+        (7.24, code('"...md,dhv->...hmv"'), "(m, d)", "(h, m, v)"),
     ):
-        axes.text(at, 0.22, name, ha="center", weight="bold", size=9.5)
-        arrow(axes, (at, 0.4), (at, 1.42), label=f"({length}, d)")
-        box(axes, at, 1.7, 1.2, "Linear", line, GREEN, size=6.7)
-        arrow(axes, (at, 1.98), (at, 3.02), label=f"({split})")
+        arrow(axes, (x, 0.4), (x, 1.42), label=before)
+        box(axes, x, 1.7, 1.2, "Linear", line, GREEN)
+        arrow(axes, (x, 1.98), (x, 3.02), label=after)
     for offset in (0.14, 0.07):
-        corner = 4.12 + offset, 3.02 + offset
-        style = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": LIGHT[BLUE], "edgecolor": BLUE}
-        axes.add_patch(FancyBboxPatch(corner, 3.6, 0.7, linewidth=1.3, **style))
+        box(axes, 5.92 + offset, 3.37 + offset, 3.6, height=0.7)
     box(axes, 5.92, 3.37, 3.6, "Attention, h heads at once", code("attention=scaled_dot_product_attention"), height=0.7)
-    arrow(axes, (5.98, 3.86), (5.98, 4.72), label="(h, n, v)")
-    box(
-        axes,
-        5.98,
-        5.0,
-        3.72,
-        "Concat and Linear",
-        code('jnp.einsum("...hnv,hvd->...nd", heads, params["output"])'),
-        GREEN,
-        size=6.9,
-    )
+    arrow(axes, (5.98, 3.86), (5.98, 4.72), label="heads (h, n, v)")
+    line = code('jnp.einsum("...hnv,hvd->...nd", heads, params["output"])')
+    box(axes, 5.98, 5.0, 3.72, "Concat and Linear", line, GREEN)
     arrow(axes, (5.98, 5.28), (5.98, 5.95), label="(n, d)")
     figure.savefig(IMAGES / "attention.png")
 
 
-def sublayers(axes, x, names, memory=None):
-    """The sub-layers of one layer above each other: the function, Add & Norm, and the residual arrow around both."""
-    y, inner = 0.95, 2.3
+def layer(axes, x, side, sublayers):
+    """One layer, from bottom to top. side: residual connections on the left (-1) or on the right (1)."""
+    y = 0.95
     arrow(axes, (x, 0.42), (x, y))
-    for name in names:
-        last = name == names[-1]
-        middle = y + 0.28
-        title = {"self_attention": "Multi-Head Attention", "cross_attention": "Multi-Head Attention"}.get(
-            name, "Feed Forward"
-        )
-        if name == "self_attention" and memory:
-            title = "Causal Multi-Head Attention"
-        box(axes, x, middle, inner, title, f'params["{name}"]', GREEN if name == "feed_forward" else BLUE)
+    for title, name in sublayers:
+        box(axes, x, y + 0.28, 2.3, title, f'params["{name}"]', GREEN if name == "feed_forward" else BLUE)
         arrow(axes, (x, y + 0.56), (x, y + 0.84), label="dropout")
-        box(axes, x, y + 1.12, inner, "Add & Norm", f'params["{name}_norm"]', ORANGE)
-        turn = x - inner / 2 - 0.2
-        arrow(axes, (x, y - 0.22), (turn, y - 0.22), (turn, y + 1.12), (x - inner / 2, y + 1.12), colour=ORANGE)
-        if name == "cross_attention":
-            arrow(axes, *memory, (x + inner / 2 + 0.3, middle), (x + inner / 2, middle), colour=BLUE)
-        arrow(axes, (x, y + 1.4), (x, y + (1.72 if last else 1.9)))
+        box(axes, x, y + 1.12, 2.3, "Add & Norm", f'params["{name}_norm"]', ORANGE)
+        edge, turn = x + side * 1.15, x + side * 1.35
+        arrow(axes, (x, y - 0.22), (turn, y - 0.22), (turn, y + 1.12), (edge, y + 1.12), color=ORANGE)
         y += 1.9
-    return y
+        arrow(axes, (x, y - 0.5), (x, y))
 
 
 def transformer_layer():
-    """Figure 1 of the paper, with the names of the parameter dicts."""
+    """Figure 1 of the paper, with the names of the parameters."""
     figure, axes = canvas(7.3)
-    axes.text(1.95, 7.02, "encoder_layer", ha="center", weight="bold", size=11)
-    axes.text(5.6, 7.02, "decoder_layer", ha="center", weight="bold", size=11)
-    top = sublayers(axes, 1.95, ["self_attention", "feed_forward"])
-    axes.text(1.95, 0.24, "x (..., m, d)", ha="center", size=9.5)
-    axes.text(1.95, top, "memory (..., m, d)", ha="center", size=9.5)
-    axes.text(2.25, top + 0.24, "after the last of the N layers", ha="center", size=8.5, color=GREY)
-    names = ["self_attention", "cross_attention", "feed_forward"]
-    way = [(2.75, top + 0.06), (3.72, top + 0.06), (3.72, 2.5), (7.05, 2.5)]
-    top = sublayers(axes, 5.6, names, memory=way)
-    axes.text(5.6, 0.24, "x (..., n, d)", ha="center", size=9.5)
-    axes.text(5.6, top, "(..., n, d)", ha="center", size=9.5)
-    axes.text(7.12, 2.56, "memory", size=8.5, color=BLUE)
+    feed_forward = "Feed Forward", "feed_forward"
+    cross_attention = "Multi-Head Attention", "cross_attention"
+    layer(axes, 1.95, -1, [("Multi-Head Attention", "self_attention"), feed_forward])
+    layer(axes, 5.9, 1, [("Causal Multi-Head Attention", "self_attention"), cross_attention, feed_forward])
+    arrow(axes, (2.72, 4.94), (3.75, 4.94), (3.75, 3.13), (4.75, 3.13), color=BLUE)
+    axes.text(3.82, 3.2, "key, value", size=8.5, color=BLUE)
+    axes.text(1.95, 7.05, "encoder_layer", **HEADING)
+    axes.text(5.9, 7.05, "decoder_layer", **HEADING)
+    axes.text(1.95, 5.14, "after the last of the N layers", ha="center", size=8.5, color=GREY)
+    for x, y, text in (
+        (1.95, 0.24, "x (..., m, d)"),
+        (1.95, 4.9, "memory (..., m, d)"),
+        (5.9, 0.24, "x (..., n, d)"),
+        (5.9, 6.7, "(..., n, d)"),
+    ):
+        axes.text(x, y, text, ha="center", size=9.5)
     figure.savefig(IMAGES / "transformer_layer.png")
 
 
 def learned_attention():
-    """`python main.py` as a film: what the decoder reads and writes, and how much of it is right, while it learns."""
-    text, batch_size, steps = "attention is all you need", 32, 300  # all numbers are those of main.py
-    length, monospaced = len(text), "DejaVu Sans Mono"
-    generator = np.random.default_rng(0)
-    source = main.random_strings(generator, batch_size, length)
+    """`python main.py` as an animation: the output, the cross-attention and the accuracy during training."""
+    text, batch_size, steps, warmup_steps = "attention is all you need", 16, 300, 400  # the defaults of main.py
+    generator, extra = np.random.default_rng(0), np.random.default_rng(1)
+    # The test strings of main.py come first, so that the training batches are the same as there. Then 16 more.
+    source = np.concatenate([main.random_strings(g, batch_size, len(text)) for g in (generator, extra)])
     source[0] = [main.SYMBOLS.index(symbol) for symbol in text]
-    target = source[:, ::-1]
-    params = jax.jit(lambda: main.init_model(jax.random.key(0), len(main.SYMBOLS), 1, 64, 1, 128))()
+    target = main.task(source)
+    expected = main.as_text(target[0])
+    init_model = jax.jit(main.init_model, static_argnums=(1, 2, 3, 4, 5))
+    params = init_model(jax.random.key(0), len(main.SYMBOLS), 2, 64, 4, 128)
     moments = main.init_adam(params)
-    train_step, write, look = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.cross_attention_weights)
+    train_step, generate = jax.jit(main.train_step), jax.jit(main.generate)
+    cross_attention_weights = jax.jit(main.cross_attention_weights)
 
     height = 6.2
     figure, axes = canvas(height)
-    title = axes.text(4, height - 0.38, "", ha="center", family=monospaced, weight="bold", size=14)
-    for y, word, colour in ((height - 0.75, "reads", GREY), (height - 1.18, "writes", BLUE)):
-        axes.text(0.2, y, word, va="center", size=13)
-        tiles = []  # in the end those of the lower row, which changes
-        for i, symbol in enumerate(text):
-            x = 1.4 + 0.26 * i
-            tile = axes.add_patch(Rectangle((x - 0.12, y - 0.18), 0.24, 0.36, facecolor=LIGHT[colour]))
-            tiles.append((tile, axes.text(x, y - 0.06, symbol, ha="center", family=monospaced, size=16)))
-    axes.text(2.38, 4.58, "what the decoder attends to", ha="center", weight="bold", size=11)
-    axes.text(6.37, 4.58, "symbols right in unseen texts", ha="center", weight="bold", size=11)
-    axes.text(2.38, 0.12, "row: symbol to write, column: symbol that is read", ha="center", size=10)
-    axes.text(6.37, 0.12, "training steps", ha="center", size=10)
+    title = axes.text(4, 5.82, "", family=MONOSPACED, ha="center", weight="bold", size=14)
+    for x, word, color in ((6.95, "correct", BLUE), (7.72, "wrong", ORANGE)):
+        style = {"facecolor": LIGHT[color], "edgecolor": "none", "pad": 3}
+        axes.text(x, 5.82, word, color=color, size=11, ha="right", bbox=style)
+    axes.text(2.38, 4.58, "cross-attention, mean of the heads", **HEADING)
+    axes.text(6.37, 4.58, "accuracy on 32 test strings", **HEADING)
+    axes.text(2.38, 0.12, "rows: output, columns: input", ha="center")
+    axes.text(6.37, 0.12, "training steps", ha="center")
+    axes.text(0.2, 5.45, "input", va="center", size=13)
+    axes.text(0.2, 5.02, "output", va="center", size=13)
 
+    def tile(i, y):
+        """The background and the text of the i-th character of a row."""
+        x = 1.4 + 0.26 * i
+        background = axes.add_patch(Rectangle((x - 0.12, y - 0.18), 0.24, 0.36, facecolor=LIGHT[GREY]))
+        return background, axes.text(x, y - 0.06, text[i], ha="center", family=MONOSPACED, size=16)
+
+    tiles = [(tile(i, 5.45), tile(i, 5.02))[1] for i in range(len(text))]  # only the output changes
     left = figure.add_axes((0.38 / 8, 0.35 / height, 4 / 8, 4 / height))
-    image = left.imshow(np.zeros((length, length)), cmap="Blues")
-    left.set_xticks(range(length), text, family=monospaced, size=9)
-    left.set_yticks(range(length), text[::-1], family=monospaced, size=9)
+    image = left.imshow(np.zeros((len(text), len(text))), cmap="Blues")
+    left.set_xticks(range(len(text)), text, family=MONOSPACED, size=9)
+    left.set_yticks(range(len(text)), expected, family=MONOSPACED, size=9)
     left.tick_params(length=0, pad=2, top=True, labeltop=True, labelbottom=False)
-    right = figure.add_axes((5.06 / 8, 0.6 / height, 2.7 / 8, 3.75 / height))
-    (line,) = right.plot([], [], "o-", color=BLUE, linewidth=2, markersize=7, markevery=[-1], clip_on=False)
-    right.set(xlim=(0, steps), ylim=(0, 1))
+    right = figure.add_axes((5.06 / 8, 0.6 / height, 2.7 / 8, 3.75 / height), xlim=(0, steps), ylim=(0, 1))
+    (curve,) = right.plot([], [], "o-", color=BLUE, linewidth=2, markersize=7, markevery=[-1], clip_on=False)
     right.yaxis.set_major_formatter("{x:.0%}")
     right.grid(color=LIGHT[GREY])
     right.spines[["top", "right"]].set_visible(False)
 
-    curve, frames = [], []
+    accuracies, frames = [], []
     for step in range(steps + 1):
-        if step:
-            strings = main.random_strings(generator, batch_size, length)
-            params, moments, _ = train_step(params, moments, step, strings, strings[:, ::-1])
+        if step > 0:
+            strings = main.random_strings(generator, batch_size, len(text))
+            params, moments, _ = train_step(params, moments, step, strings, main.task(strings), warmup_steps)
         if step % 6 == 0:
-            written = np.asarray(write(params, source))
-            curve.append((step, (written == target).mean()))
-            line.set_data(*zip(*curve, strict=True))
-            weights = np.asarray(look(params, source, target))[0, 0]
+            output = np.asarray(generate(params, source))
+            accuracies.append((step, (output == target).mean()))
+            curve.set_data(*zip(*accuracies, strict=True))
+            weights = np.asarray(cross_attention_weights(params, source, target))[0].mean(axis=0)
             image.set(data=weights, clim=(0, weights.max()))  # the largest weight is darkest, as in main.py
             title.set_text(f"step {step:>3} of {steps}")
-            for (tile, letter), symbol, wanted in zip(tiles, main.as_text(written[0]), text[::-1], strict=True):
-                colour = BLUE if symbol == wanted else ORANGE
-                tile.set_facecolor(LIGHT[colour])
-                letter.set(text=symbol, color=colour)
+            for (background, letter), symbol, correct in zip(tiles, main.as_text(output[0]), expected, strict=True):
+                color = BLUE if symbol == correct else ORANGE
+                background.set_facecolor(LIGHT[color])
+                letter.set(text=symbol, color=color)
             figure.canvas.draw()
             frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-    # One palette for all frames, so that the file holds only what changes: the blues, and each ink on its ground.
+    # One palette for all frames, so that the file holds only their differences: the blues, and each ink on its ground.
     inks = ("white", INK), ("white", BLUE), (LIGHT[GREY], INK), (LIGHT[BLUE], BLUE), (LIGHT[ORANGE], ORANGE)
-    maps = plt.get_cmap("Blues", 64), *(LinearSegmentedColormap.from_list("", ink, 16) for ink in inks)
+    ramps = plt.get_cmap("Blues", 32), *(LinearSegmentedColormap.from_list("", ink, 16) for ink in inks)
     palette = Image.new("P", (1, 1))
-    palette.putpalette(np.concatenate([shades(np.arange(shades.N), bytes=True)[:, :3] for shades in maps]).tobytes())
+    palette.putpalette(np.concatenate([ramp(np.arange(ramp.N), bytes=True)[:, :3] for ramp in ramps]).tobytes())
     first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     milliseconds = [120] * len(others) + [4000]
-    path = IMAGES / "learned_attention.gif"
-    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    first.save(IMAGES / "learned_attention.gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
-def jax_nn(query, key, value, causal):
-    """`jax.nn.dot_product_attention`, which has its heads after its positions."""
-    swapped = (x.swapaxes(-2, -3) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*swapped, is_causal=causal).swapaxes(-2, -3)
-
-
-def megabytes(function, n):
-    """Memory of a gradient besides arguments and results, as in tests/benchmark.py. It is compiled, and not run."""
-
-    def loss(query, key, value):
-        return jnp.square(function(query, key, value, causal=True)).sum()
-
-    x = jax.ShapeDtypeStruct((1, 8, n, 64), jnp.float32)
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+def megabytes(attention, shape):
+    """Temporary memory of a gradient in MB, beyond arguments and results. Compiles it without running it."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    gradient = jax.jit(jax.value_and_grad(lambda *inputs: jnp.square(attention(*inputs)).sum(), argnums=(0, 1, 2)))
     return gradient.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes / 1e6
 
 
-def flash_attention():
-    """Which blocks of the n x m matrix are computed, in which order, and what that saves."""
+def flash():
+    """The order in which `flash_attention` computes blocks, and a comparison of memory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.3), layout="constrained")
-    count = 6
-    for i in range(count):
-        for j in range(count):
-            colour = GREY if j > i else ORANGE if j == 3 else BLUE
-            style = {"facecolor": LIGHT[colour], "edgecolor": "white", "hatch": "///" if j > i else None}
-            left.add_patch(Rectangle((j, i), 1, 1, linewidth=2, **style))
-    for x, y, width, height, colour in ((0, 2, 3, 1, BLUE), (3, 3, 1, 3, ORANGE)):  # one turn of each outer loop
-        left.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=colour, linewidth=1.5))
-        start, end = ((0.1, 2.5), (2.9, 2.5)) if colour == BLUE else ((3.5, 3.1), (3.5, 5.9))
-        left.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.5})
-    for x, y, text, background, rotation in (
-        (1.5, 2.25, "forward: for each i", LIGHT[BLUE], 0),
-        (1.5, 2.75, "j = 0, ..., i", LIGHT[BLUE], 0),
-        (3.76, 4.5, "backward: for each j", LIGHT[ORANGE], 270),
-        (3.24, 4.5, "i = j, j + 1, ...", LIGHT[ORANGE], 270),
-        (1.5, 4.5, "computed,\nthen masked", LIGHT[BLUE], 0),
-        (4.2, 1.2, "never computed:\nno query here may\nsee any key there", "white", 0),
+    for i in range(6):
+        for j in range(6):
+            style = {"facecolor": LIGHT[GREY], "hatch": "///"} if j > i else {"facecolor": LIGHT[BLUE]}
+            left.add_patch(Rectangle((j, i), 1, 1, edgecolor="white", linewidth=2, **style))
+        left.add_patch(Polygon([(i, i), (i + 1, i), (i + 1, i + 1)], facecolor=LIGHT[ORANGE], edgecolor="white"))
+    left.add_patch(Rectangle((0, 4), 5, 1, facecolor="none", edgecolor=BLUE, linewidth=1.5))
+    arrow(left, (0.1, 4.5), (4.9, 4.5), color=BLUE)
+    for x, y, text, background in (
+        (2.1, 4.25, "forward and backward: for each i", LIGHT[BLUE]),
+        (2.1, 4.75, "j = 0, ..., i", LIGHT[BLUE]),
+        (4.2, 1.5, "skipped:\nall keys masked", "white"),
+        (4.75, 3.4, "computed,\nthen masked", LIGHT[ORANGE]),
     ):
         style = {"facecolor": background, "edgecolor": "none", "pad": 1.5}
-        left.text(x, y, text, rotation=rotation, ha="center", va="center", size=8.5, bbox=style)
-    left.set(xlim=(-0.03, count), ylim=(count + 0.03, 0), aspect="equal")
-    left.set_xticks([j + 0.5 for j in range(count)], range(count))
-    left.set_yticks([i + 0.5 for i in range(count)], range(count))
-    left.set(xlabel="block j of keys", ylabel="block i of queries")
+        left.text(x, y, text, ha="center", va="center", size=8.5, bbox=style)
+    left.set(xlim=(-0.03, 6), ylim=(6.03, 0), aspect="equal", xlabel="block j of keys", ylabel="block i of queries")
+    left.set_xticks(np.arange(6) + 0.5, range(6))
+    left.set_yticks(np.arange(6) + 0.5, range(6))
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
     left.set_title("one block at a time (causal)", weight="bold", size=11)
+
     lengths = [512, 1024, 2048, 4096, 8192]
-    for name, function, colour, width in (  # the first two lie on each other: a wide line below a narrow one
-        ("scaled_dot_product_attention", plain, GREEN, 7),
-        ("jax.nn.dot_product_attention", jax_nn, ORANGE, 2),
-        ("flash_attention", flash, BLUE, 2),
+    plain = functools.partial(scaled_dot_product_attention, causal=True)
+    jax_nn = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    blockwise = functools.partial(flash_attention, causal=True)
+    for name, attention, shape, color, width in (  # the first two curves coincide: a narrow line over a wide one
+        ("scaled_dot_product_attention", plain, lambda n: (1, 8, n, 64), GREEN, 7),
+        ("jax.nn.dot_product_attention", jax_nn, lambda n: (1, n, 8, 64), ORANGE, 2),
+        ("flash_attention", blockwise, lambda n: (1, 8, n, 64), BLUE, 2),
     ):
-        memory = [megabytes(function, n) for n in lengths]
-        right.plot(lengths, memory, "o-", color=colour, linewidth=width, markersize=width + 3, label=name)
-    right.set(xscale="log", yscale="log", xlabel="positions n = m (8 heads of 64, float32)")
+        memory = [megabytes(attention, shape(n)) for n in lengths]
+        right.plot(lengths, memory, "o-", color=color, linewidth=width, markersize=width + 3, label=name)
+    right.set(xscale="log", yscale="log", xlabel="sequence length n (8 heads, d_k = 64, float32)")
     right.set(ylabel="temporary memory of a gradient, MB")
     right.set_xticks(lengths, [f"{n:,}" for n in lengths])
     right.set_yticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
@@ -307,10 +264,10 @@ def flash_attention():
     right.grid(color=LIGHT[GREY])
     right.spines[["top", "right"]].set_visible(False)
     right.legend(framealpha=1, edgecolor="none", fontsize=9)
-    right.set_title("memory: n against n squared", weight="bold", size=11)
+    right.set_title("memory: linear in n, not quadratic", weight="bold", size=11)
     figure.savefig(IMAGES / "flash_attention.png")
 
 
 if __name__ == "__main__":
-    for picture in (attention, transformer_layer, learned_attention, flash_attention):
-        picture()
+    for draw in (attention, transformer_layer, learned_attention, flash):
+        draw()

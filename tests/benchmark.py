@@ -1,16 +1,14 @@
-"""Time and memory of the attention functions, of the layer and of its compilation, as Markdown tables for README.
+"""Time and memory of attention, of the encoder layer, of a training step and of greedy decoding, as Markdown tables.
 
-    python tests/benchmark.py [--quick]
+    python tests/benchmark.py
 
-Contestants run in turn, round after round, so that a machine that slows down slows all of them; a figure is the median
-of the rounds, followed by half the distance from the fastest to the slowest. Temporary memory is what XLA allocates
-besides arguments and results (`memory_analysis`). A gradient is timed together with the value, as training takes both.
-flax, equinox, dm-haiku and torch join where they are installed. On a GPU or TPU the sizes are larger, there are tables
-in bfloat16 too, and cuDNN's attention joins in these. A dash is a figure that is not there: who needs most of the
-device's memory (on a CPU, 4 GB) is not timed.
+Contestants run in turn, round after round, so that a slow moment of the machine slows all of them. A time is the
+median of the rounds, ± half the range. The time of a gradient includes the forward pass. Memory is temporary memory, as
+`memory_analysis` of the compiled program reports it. flax and torch take part if they are installed. On a GPU, sizes
+are larger, there are tables in bfloat16 too, and cuDNN's attention takes part in them. A dash means that a program
+needs most of the device's memory (on a CPU, more than 4 GB) and is not run.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
@@ -24,61 +22,54 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import main as program
 from attention import flash_attention, scaled_dot_product_attention
-from transformer_layer import encoder, encoder_layer, init_encoder, init_encoder_layer
+from transformer_layer import encoder_layer, init_encoder_layer
 
-PEERS = {"flax": "flax", "equinox": "equinox", "dm-haiku": "haiku", "torch": "torch"}  # package: its module
 MODELS = {"base": (512, 8, 2048), "big": (1024, 16, 4096)}  # d_model, heads and d_ff, from Table 3 of the paper
 DEVICE = jax.devices()[0]
 CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
-CALLS = 1 if CPU else 50  # between two waits, so that the device always has the next call at hand
-MEMORY = 0.8 * (DEVICE.memory_stats() or {}).get("bytes_limit", 5e9)  # the rest is for arguments and results
+CALLS = 1 if CPU else 50  # calls per measurement; on a GPU many, so that the next one is always queued
+MEMORY = 0.8 * (DEVICE.memory_stats() or {}).get("bytes_limit", 5e9)  # leaves room for arguments and results
 
 
-def joins(package):
+def installed(package):
     """Whether a package is installed and, if it is PyTorch, can use the device that JAX uses."""
-    if not importlib.util.find_spec(PEERS[package]):
+    if not importlib.util.find_spec(package):
         return False
     return CPU or package != "torch" or importlib.import_module("torch").cuda.is_available()
 
 
-def progress(text):
-    """On a terminal, show what is being done, in place."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def wait(result):
-    """Until the result is there: JAX returns before it is, and so does PyTorch on a GPU."""
+    """Waits for the result, because JAX, and PyTorch on a GPU, return before it is computed."""
     jax.block_until_ready(result)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def race(label, contestants, rounds):
+def race(contestants, rounds):
     """Median and half the range, in milliseconds, of each {name: function without arguments}, run in turn."""
     times = {name: [] for name in contestants}
-    for i in range(rounds):
+    for _ in range(rounds):
         for name, function in contestants.items():
-            progress(f"{label}: {name}, round {i + 1} of {rounds}")
-            wait(function())  # not counted: the first after another contestant is up to a fifth slower
+            wait(function())  # not counted: the first call after another contestant's is up to a fifth slower
             start = time.perf_counter()
             for _ in range(CALLS):
                 result = function()
             wait(result)
             times[name].append((time.perf_counter() - start) / CALLS * 1e3)
-    progress("")
     return {name: (statistics.median(values), (max(values) - min(values)) / 2) for name, values in times.items()}
 
 
 def compiled(kind, function, arguments, argnums=0):
-    """The forward pass, or value and gradient of its sum of squares, and the bytes of temporary memory or None."""
-    traced = function
+    """The forward pass, or value and gradient of its sum of squares, and its temporary memory in bytes, or None."""
     if kind == "gradient":
-        traced = jax.value_and_grad(lambda *arguments: jnp.square(function(*arguments)).sum(), argnums)
-    executable = jax.jit(traced).lower(*arguments).compile()
+        forward = function
+        function = jax.value_and_grad(lambda *arguments: jnp.square(forward(*arguments)).sum(), argnums)
+    executable = jax.jit(function).lower(*arguments).compile()
     memory = getattr(executable.memory_analysis(), "temp_size_in_bytes", None)
     return functools.partial(executable, *arguments), memory
 
@@ -87,7 +78,7 @@ def torch_contestant(kind, function, leaves):
     """PyTorch's forward pass, or gradient of its sum of squares with respect to the leaves."""
     import torch
 
-    # On a GPU, JAX by default multiplies float32 matrices in TF32. So shall PyTorch.
+    # On a GPU, JAX multiplies float32 matrices in TF32 by default, so PyTorch does the same.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if kind == "forward":
         return torch.no_grad()(function)
@@ -95,36 +86,24 @@ def torch_contestant(kind, function, leaves):
 
 
 def table(header, rows):
-    """Print a Markdown table."""
+    """Prints a Markdown table."""
     print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def milliseconds(median, spread):
-    """A median and, unless it is of a single run, its spread, with three significant digits or more."""
-    if median is None:
-        return "-"
-    digits = 0 if median >= 100 else 1 if median >= 10 else 2 if median >= 1 else 3
-    return f"{median:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "") + " ms"
+    """A median and its spread, with about three significant digits."""
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:,.{digits}f} ± {spread:,.{digits}f} ms"
 
 
-def megabytes(memory):
-    """The memory, or a dash where XLA does not say."""
-    return "-" if memory is None else f"{memory / 1e6:,.0f} MB"
-
-
-def ratio(a, b, digits):
-    """a / b, or a dash where one of them is not there."""
-    return f"{a / b:.{digits}f} x" if a and b else "-"
-
-
-# ---- Attention over the length ---------------------------------------------------------------------------------------
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 
 def jax_nn_attention(query, key, value, mask=None, *, causal=False, implementation=None):
-    """`jax.nn.dot_product_attention`, which has its heads after its positions, as the `attention` of a layer."""
-    if mask is not None:  # cuDNN takes none that broadcasts over queries or keys
+    """`jax.nn.dot_product_attention`, which has positions before heads, as the `attention` of a layer."""
+    if mask is not None:  # cuDNN does not broadcast masks over queries or keys
         mask = jnp.broadcast_to(mask, (*mask.shape[:-2], query.shape[-2], key.shape[-2]))
     swapped = (x.swapaxes(-2, -3) for x in (query, key, value))
     options = {"mask": mask, "is_causal": causal, "implementation": implementation}
@@ -134,38 +113,36 @@ def jax_nn_attention(query, key, value, mask=None, *, causal=False, implementati
 cudnn_attention = functools.partial(jax_nn_attention, implementation="cudnn")  # CUDA and half precision only
 
 
-def attention_table(sizes, dtype):
-    """Causal attention of 8 heads of 64, forward and gradient with respect to q, k and v. sizes: (b, n, rounds)."""
+def attention_table(batch, lengths, dtype, rounds):
+    """Causal attention of 8 heads of 64: forward, and gradient with respect to query, key and value."""
     rows = []
-    for batch, length, rounds in sizes:
+    for length in lengths:
         flash = functools.partial(flash_attention, block_size=512 if CPU else min(2048, length // 2))
         functions = {"plain": scaled_dot_product_attention, "flash": flash, "jax.nn": jax_nn_attention}
         if CUDA and dtype == "bfloat16":
             functions["cuDNN"] = cudnn_attention
         arguments = tuple(jax.random.normal(jax.random.key(0), (3, batch, 8, length, 64), dtype))
         for kind in ("forward", "gradient"):
-            label, memory, contestants = f"attention, n = {length}, {kind}", {}, {}
+            memory, contestants = {}, {}
             for name, function in functions.items():
-                progress(f"{label}: compiling {name}")
-                forward = functools.partial(function, causal=True)
-                contestant, memory[name] = compiled(kind, forward, arguments, argnums=(0, 1, 2))
+                attend = functools.partial(function, causal=True)
+                contestant, memory[name] = compiled(kind, attend, arguments, argnums=(0, 1, 2))
                 if not memory[name] or memory[name] < MEMORY:
                     contestants[name] = contestant
-            if joins("torch"):
+            if installed("torch"):
                 contestants["torch"] = torch_attention(kind, arguments)
-            times = dict.fromkeys(functions, (None, None)) | race(label, contestants, rounds)
-            row = [f"{length:,}" if batch == 1 else f"{batch} x {length:,}", kind]
-            row += [f"{milliseconds(*times[name])}, {megabytes(memory[name])}" for name in functions]
-            row += [milliseconds(*times[name]) for name in times if name not in functions]
-            faster = ratio(times["jax.nn"][0], times["flash"][0], 1)
-            rows.append([*row, f"{faster}, {ratio(memory['jax.nn'], memory['flash'], 0)}"])
-    blocks = "512" if CPU else "n / 2 and at most 2,048"
-    print(f"\nCausal attention, 8 heads of 64, {dtype}, flash in blocks of {blocks}:")
-    table(["n", "", *times, "jax.nn / flash: time, memory"], rows)
+            times = race(contestants, rounds)
+            columns = [*functions, *(["torch"] if "torch" in contestants else [])]
+            row = [f"n = {length:,}, {kind}"]
+            for name in columns:
+                size = f", {memory[name] / 1e6:,.0f} MB" if memory.get(name) else ""
+                row.append((milliseconds(*times[name]) if name in times else "-") + size)
+            rows.append(row)
+    table([f"causal attention, {batch} x 8 heads of 64, {dtype}", *columns], rows)
 
 
 def torch_attention(kind, arguments):
-    """PyTorch's hand-written kernel on the same numbers and device."""
+    """PyTorch's fused attention on the same numbers and device."""
     import torch
 
     tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in arguments]
@@ -173,11 +150,11 @@ def torch_attention(kind, arguments):
     return torch_contestant(kind, attend, tensors)
 
 
-# ---- The layer -------------------------------------------------------------------------------------------------------
+# ---- The encoder layer -----------------------------------------------------------------------------------------------
 
 
 def matrix_products(params, x):
-    """The matrix products of the encoder layer and nothing else."""
+    """Only the matrix products of the encoder layer."""
     attention, feed_forward = params["self_attention"], params["feed_forward"]
     query, key, value = (jnp.einsum("...nd,dhk->...hnk", x, attention[name]) for name in ("query", "key", "value"))
     scores = jnp.einsum("...nk,...mk->...nm", query, key)
@@ -201,42 +178,6 @@ def flax_layer(rng, x, d_model, heads, d_ff):
     return jax.jit(Layer().init)(rng, x), Layer().apply
 
 
-def equinox_layer(rng, x, d_model, heads, d_ff):
-    """(params, function) of the same layer in Equinox."""
-    import equinox as eqx
-
-    rngs = jax.random.split(rng, 3)
-    params = {
-        "attention": eqx.nn.MultiheadAttention(heads, d_model, key=rngs[0]),
-        "norms": [eqx.nn.LayerNorm(d_model, eps=1e-5) for _ in range(2)],
-        "linear": [eqx.nn.Linear(d_model, d_ff, key=rngs[1]), eqx.nn.Linear(d_ff, d_model, key=rngs[2])],
-    }
-    arrays, static = eqx.partition(params, eqx.is_array)
-
-    def one(params, x):
-        x = jax.vmap(params["norms"][0])(x + params["attention"](x, x, x))
-        hidden = jax.nn.relu(jax.vmap(params["linear"][0])(x))
-        return jax.vmap(params["norms"][1])(x + jax.vmap(params["linear"][1])(hidden))
-
-    return arrays, lambda arrays, x: jax.vmap(lambda x: one(eqx.combine(arrays, static), x))(x)
-
-
-def haiku_layer(rng, x, d_model, heads, d_ff):
-    """(params, function) of the same layer in Haiku."""
-    import haiku as hk
-
-    def layer(x):
-        attention = hk.MultiHeadAttention(
-            heads, d_model // heads, w_init=hk.initializers.VarianceScaling(), with_bias=False
-        )
-        x = hk.LayerNorm(-1, True, True)(x + attention(x, x, x))
-        hidden = jax.nn.relu(hk.Linear(d_ff)(x))
-        return hk.LayerNorm(-1, True, True)(x + hk.Linear(d_model)(hidden))
-
-    transformed = hk.without_apply_rng(hk.transform(layer))
-    return jax.jit(transformed.init)(rng, x), transformed.apply
-
-
 def torch_layer(kind, x, d_model, heads, d_ff):
     """PyTorch's own encoder layer, in training mode without dropout."""
     import torch
@@ -248,88 +189,110 @@ def torch_layer(kind, x, d_model, heads, d_ff):
 
 
 def layer_table(model, batch, length, dtype, rounds):
-    """The encoder layer of a model, forward and gradient with respect to its parameters, and its peers."""
+    """The encoder layer of a model and its peers: forward, and gradient with respect to the parameters."""
     rng, sizes = jax.random.key(0), MODELS[model]
     x = jax.random.normal(rng, (batch, length, sizes[0]), dtype)
     params = jax.jit(init_encoder_layer, static_argnums=(1, 2, 3))(rng, *sizes)
     layers = {"its matrix products": (params, matrix_products), "encoder_layer": (params, encoder_layer)}
     if CUDA and dtype == "bfloat16":
         layers["encoder_layer, cuDNN"] = params, functools.partial(encoder_layer, attention=cudnn_attention)
-    for package, build in (("flax", flax_layer), ("equinox", equinox_layer), ("dm-haiku", haiku_layer)):
-        if joins(package):
-            layers[package] = build(rng, x, *sizes)
+    if installed("flax"):
+        layers["flax"] = flax_layer(rng, x, *sizes)
     rows = {}
     for kind in ("forward", "gradient"):
         contestants = {}
         for name, (parameters, function) in layers.items():
-            progress(f"layer, {kind}: compiling {name}")
             parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
             contestants[name], _ = compiled(kind, function, (parameters, x))
-        if joins("torch"):
+        if installed("torch"):
             contestants["torch"] = torch_layer(kind, x, *sizes)
-        times = race(f"layer, {kind}", contestants, rounds)
-        bare = times["its matrix products"][0]
+        times = race(contestants, rounds)
         for name, figures in times.items():
-            rows.setdefault(name, [name]).extend([milliseconds(*figures), f"{bare / figures[0]:.2f}"])
+            ratio = figures[0] / times["its matrix products"][0]
+            rows.setdefault(name, [name]).extend([milliseconds(*figures), f"{ratio:.2f}"])
     header = f"the layer of the {model} model, {batch} x {length:,} positions, {dtype}"
-    table([header, "forward", "products / time", "gradient", "products / time"], rows.values())
+    table([header, "forward", "/ products", "gradient", "/ products"], rows.values())
 
 
-# ---- Compilation over the depth --------------------------------------------------------------------------------------
+# ---- The whole model -------------------------------------------------------------------------------------------------
 
 
-def depth_table(depths):
-    """Seconds to trace and compile the encoder of the base model: `jax.lax.scan` against a Python loop."""
+def torch_model(source, target, layers, d_model, heads, d_ff):
+    """PyTorch's training step and greedy decoding, with nn.Transformer and torch.optim.Adam."""
+    import torch
 
-    def loop(params, x):
-        for i in range(len(params["feed_forward"]["b1"])):
-            x = encoder_layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
-        return x
+    device = torch.from_dlpack(jnp.zeros(1)).device
+    source, target = (torch.tensor(x.copy(), device=device) for x in (source, target))
+    shifted = torch.roll(target, 1, dims=-1)
+    shifted[:, 0] = program.START
+    length, options = source.shape[-1], {"dropout": 0.0, "batch_first": True, "device": device}
+    model = torch.nn.Transformer(d_model, heads, layers, layers, d_ff, **options)
+    embedding = torch.nn.Embedding(len(program.SYMBOLS), d_model, device=device)
+    positions = torch.tensor(np.asarray(program.positional_encoding(length, d_model)), device=device)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(length, device=device)
+    optimizer = torch.optim.Adam([*model.parameters(), *embedding.parameters()], 1e-4, betas=(0.9, 0.98), eps=1e-9)
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=program.LABEL_SMOOTHING)
 
-    def seconds(function, depth):
-        progress(f"compiling {depth} layers")
-        params = jax.eval_shape(lambda: init_encoder(jax.random.key(0), depth, *MODELS["base"]))
-        x = jax.ShapeDtypeStruct((8, 128, MODELS["base"][0]), jnp.float32)
-        start = time.perf_counter()
-        # A new function each time, so that JAX does not find the compiled one in its cache.
-        jax.jit(lambda params, x: function(params, x)).lower(params, x).compile()
-        return time.perf_counter() - start
+    def embed(tokens):
+        return embedding(tokens) * d_model**0.5 + positions[: tokens.shape[-1]]
 
-    seconds(encoder, depths[0])  # not counted: the first time, JAX also loads and traces parts of its own
-    rows = []
-    for name, function in (("`jax.lax.scan`", encoder), ("Python loop", loop)):
-        times = [seconds(function, depth) for depth in depths]
-        rows.append([name, *(f"{duration:.2f} s" for duration in times), f"{times[-1] / times[0]:.1f} x"])
-    progress("")
-    table(["time to compile", *(f"{depth} layers" for depth in depths), "ratio"], rows)
+    def train_step():
+        optimizer.zero_grad()
+        x = model(embed(source), embed(shifted), tgt_mask=causal, tgt_is_causal=True)
+        loss = cross_entropy((x @ embedding.weight.T).flatten(0, 1), target.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    @torch.no_grad()
+    def decode():
+        memory = model.encoder(embed(source))
+        written = torch.full_like(source[:, :1], program.START)
+        for i in range(1, length + 1):
+            x = model.decoder(embed(written), memory, tgt_mask=causal[:i, :i], tgt_is_causal=True)
+            written = torch.cat([written, (x[:, -1:] @ embedding.weight.T).argmax(-1)], dim=1)
+        return written[:, 1:]
+
+    return train_step, decode
+
+
+def model_table(batch, length, layers, d_model, heads, d_ff, rounds):
+    """A training step and greedy decoding of encoder and decoder."""
+    source = program.random_strings(np.random.default_rng(0), batch, length)
+    target = program.task(source)
+    sizes = len(program.SYMBOLS), layers, d_model, heads, d_ff
+    params = jax.jit(lambda: program.init_model(jax.random.key(0), *sizes))()
+    train, decode = jax.jit(program.train_step), jax.jit(program.generate)
+    state = params, program.init_adam(params)
+    steps = {"JAXformers": functools.partial(train, *state, 1, source, target, 400)}
+    decodings = {"JAXformers": functools.partial(decode, params, source)}
+    if installed("torch"):
+        steps["torch"], decodings["torch"] = torch_model(source, target, layers, d_model, heads, d_ff)
+    rows = [
+        [name, *(milliseconds(*figures) for figures in race(contestants, rounds).values())]
+        for name, contestants in (("training step", steps), ("greedy decoding", decodings))
+    ]
+    table([f"{layers} + {layers} layers, d_model {d_model}, {batch} x {length} tokens", *steps], rows)
 
 
 def main():
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description="Print the benchmark's tables in Markdown.")
-    parser.add_argument("--quick", action="store_true", help="small sizes and one round, to see that it works")
-    quick = parser.parse_args().quick
-    versions = ["jax", "jaxlib", *(package for package in PEERS if joins(package))]
+    """Prints the tables."""
+    start = time.perf_counter()
+    versions = ["jax", "jaxlib", *(package for package in ("flax", "torch") if installed(package))]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
     device = f"{DEVICE.device_kind} ({os.cpu_count()} cores)" if CPU else DEVICE.device_kind
     print(f"On {device}, Python {sys.version.split()[0]}, {versions}.")
-    print("Medians of runs in turn, ± half the range.")
-    dtypes = "float32", "bfloat16"
-    if quick:
-        for dtype in dtypes:
-            attention_table([(1, 64, 1)], dtype)
-            layer_table("base", 1, 64, dtype, 1)
-        depth_table([1, 2])
-    elif CPU:
-        attention_table([(1, 512, 9), (1, 1024, 5), (1, 4096, 3), (1, 8192, 1)], "float32")
+    if CPU:
+        attention_table(1, [512, 4096], "float32", 5)
         layer_table("base", 8, 128, "float32", 9)
-        depth_table([6, 48])
     else:
-        for dtype in dtypes:
-            attention_table([(8, 2048, 5), (4, 4096, 5), (2, 8192, 5), (1, 16384, 5)], dtype)
+        for dtype in ("float32", "bfloat16"):
+            attention_table(4, [2048, 4096], dtype, 5)
+            attention_table(1, [16384], dtype, 5)
         layer_table("base", 64, 128, "float32", 9)
         layer_table("big", 16, 1024, "bfloat16", 9)
-        depth_table([6, 48])
+    model_table(16, 64, 3, 256, 4, 1024, 9)
+    print(f"\nThis took {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

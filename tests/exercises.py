@@ -1,9 +1,12 @@
-"""The checks of README's exercises 6 to 10. They fail until the exercise is done, and if it is done wrong.
+"""The checks of README's exercises 6 to 10. They fail until the exercise is solved, and if it is solved wrongly.
 
-    python -m pytest tests/exercises.py -k rotary
+    python -m pytest tests/exercises.py -k rotary -s
 
-pytest does not collect this file by itself. Each check says which names and arguments it expects.
+pytest does not collect this file by itself. With -s, it shows the output of the checks that print something.
 """
+
+import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +17,14 @@ import main
 import transformer_layer as tl
 from common import arrays, random_params
 
-# ---- 6. Generate: a decoder-only model (GPT) in main.py --------------------------------------------------------------
+# ---- 6. A decoder-only model (GPT) in main.py ------------------------------------------------------------------------
 
 
 def test_gpt_continues_the_title_of_the_paper():
-    """main.init_gpt(rng, num_symbols, num_layers, d_model, num_heads, d_ff) makes embedding and encoder.
+    """main.init_gpt(rng, vocab_size, num_layers, d_model, num_heads, d_ff) returns embedding and encoder.
 
-    main.gpt(params, tokens) (..., n) -> logits (..., n, s) of the tokens after them, by a causal encoder.
-    main.gpt_loss(params, tokens) is the mean cross-entropy of each token after the first, given those before.
+    main.gpt(params, tokens) (..., n) -> logits (..., n, s) of the next tokens, from a causal encoder.
+    main.gpt_loss(params, tokens) is the mean cross-entropy of each token after the first, given those before it.
     """
     tokens = np.array([main.SYMBOLS.index(symbol) for symbol in "Attention Is All You Need"])
     params = jax.jit(lambda: main.init_gpt(jax.random.key(0), len(main.SYMBOLS), 1, 32, 1, 64))()
@@ -29,29 +32,34 @@ def test_gpt_continues_the_title_of_the_paper():
     assert logits.shape == (25, len(main.SYMBOLS))
     np.testing.assert_allclose(jax.jit(main.gpt)(params, tokens[:10]), logits[:10], atol=1e-5)  # it is causal
 
-    wanted = jax.nn.log_softmax(logits[:-1])[jnp.arange(24), tokens[1:]]
-    np.testing.assert_allclose(jax.jit(main.gpt_loss)(params, tokens), -wanted.mean(), rtol=1e-5)
+    correct = jax.nn.log_softmax(logits[:-1])[jnp.arange(24), tokens[1:]]
+    np.testing.assert_allclose(jax.jit(main.gpt_loss)(params, tokens), -correct.mean(), rtol=1e-5)
 
     @jax.jit
     def train_step(params, moments, step):
         return main.adam(params, moments, jax.grad(main.gpt_loss)(params, tokens), step, 0.003)
 
+    def write():
+        written = tokens[:3]
+        while len(written) < len(tokens):
+            written = np.append(written, np.argmax(main.gpt(params, written)[-1]))
+        return main.as_text(written)
+
     moments = main.init_adam(params)
     for step in range(1, 301):
         params, moments = train_step(params, moments, step)
-    written = tokens[:3]
-    while len(written) < len(tokens):
-        written = np.append(written, np.argmax(main.gpt(params, written)[-1]))
-    assert main.as_text(written) == main.as_text(tokens)  # a target that is off by one writes something else
+        if step in (1, 30, 100, 300):
+            print(f'\nstep {step:>3}  "{write()}"', end="")
+    assert write() == main.as_text(tokens)  # a target that is off by one gives another text
 
 
 # ---- 7. Rotary positions in attention.py (arXiv 2104.09864) ----------------------------------------------------------
 
 
-def test_rotary_makes_scores_depend_on_the_distance():
-    """attention.rotary(x, start=0) turns x (..., n, k), whose first position is `start`; for query and key alike.
+def test_rotary_scores_depend_on_the_distance():
+    """attention.rotary(x, start=0) rotates x (..., n, k), whose first position is `start`; for query and key alike.
 
-    Which elements of x make a pair is free: neighbours as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
+    Which elements of x form a pair is free: neighbors as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
     are those of section 3.5.
     """
     query, key = arrays((2, 5, 8), (2, 5, 8))
@@ -59,28 +67,28 @@ def test_rotary_makes_scores_depend_on_the_distance():
     def scores(query_start, key_start):
         return attention.rotary(query, query_start) @ attention.rotary(key, key_start).swapaxes(1, 2)
 
-    np.testing.assert_allclose(attention.rotary(query)[:, 0], query[:, 0], atol=1e-6)  # position 0 is not turned
+    np.testing.assert_allclose(attention.rotary(query)[:, 0], query[:, 0], atol=1e-6)  # position 0 is not rotated
     np.testing.assert_allclose(attention.rotary(query)[:, 3:], attention.rotary(query[:, 3:], 3), atol=1e-5)
-    np.testing.assert_allclose(scores(7, 7), scores(0, 0), atol=1e-4)  # all positions shifted: no score changes
-    assert abs(scores(0, 7) - scores(0, 0)).max() > 0.1  # the keys alone shifted: they do
-    lengths = (jnp.linalg.norm(x, axis=-1) for x in (attention.rotary(query, 3), query))
-    np.testing.assert_allclose(*lengths, rtol=1e-5)
-    cosines = main.positional_encoding(5, 8)[:, 1::2]  # a pair (1, 1) turned by t has the sum 2 cos(t)
+    np.testing.assert_allclose(scores(7, 7), scores(0, 0), atol=1e-4)  # shifting all positions changes no score
+    assert abs(scores(0, 7) - scores(0, 0)).max() > 0.1  # shifting only the keys does
+    norms = (jnp.linalg.norm(x, axis=-1) for x in (attention.rotary(query, 3), query))
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    cosines = main.positional_encoding(5, 8)[:, 1::2]  # a pair (1, 1) rotated by t has the sum 2 cos(t)
     np.testing.assert_allclose(attention.rotary(jnp.ones((5, 8))).sum(axis=-1), 2 * cosines.sum(axis=-1), atol=1e-5)
 
 
 # ---- 8. Grouped-query attention in transformer_layer.py (arXiv 2305.13245) -------------------------------------------
 
 
-def test_grouped_query_attention_is_that_of_jax_nn():
-    """init_multi_head_attention(rng, d_model, num_heads, num_key_heads) makes key and value (d, num_key_heads, k).
+def test_grouped_query_attention_equals_jax_nn():
+    """init_multi_head_attention(rng, d_model, num_heads, num_key_heads) returns key and value (d, num_key_heads, k).
 
     multi_head_attention needs no new argument. Query heads 0, 1, ... share key head 0, the next ones key head 1.
     """
     params = random_params(tl.init_multi_head_attention, 12, 6, 2)
     assert [params[name].shape for name in ("query", "key", "value")] == [(12, 6, 2), (12, 2, 2), (12, 2, 2)]
     x, memory = arrays((3, 5, 12), (3, 7, 12))
-    query, key, value = (  # jax.nn has heads after positions, and takes fewer heads of keys and values
+    query, key, value = (  # jax.nn has positions before heads, and accepts fewer heads of keys and values
         jnp.einsum("bnd,dhk->bnhk", inputs, params[name])
         for name, inputs in (("query", x), ("key", memory), ("value", memory))
     )
@@ -90,68 +98,84 @@ def test_grouped_query_attention_is_that_of_jax_nn():
         np.testing.assert_allclose(tl.multi_head_attention(params, x, memory, memory, mask), expected, atol=1e-5)
 
 
-# ---- 9. A cache of keys and values in main.py ------------------------------------------------------------------------
+# ---- 9. Beam search in main.py (section 6.1) -------------------------------------------------------------------------
 
 
-def test_cache_gives_the_same_logits_and_costs_less():
-    """main.init_cache(params, memory, length) holds what a step finds done: keys and values of memory and of tokens.
+def test_beam_search_finds_better_strings():
+    """main.beam_search(params, source, beam_size): source (m,) -> the best target (m,) found, and its score.
 
-    main.decode_step(params, cache, token, i) takes the token (...,) at position i and returns the logits (..., s) of
-    the next one, and the cache. For each position of the cache, and for each of memory, an attention then takes
-    4 d_model operations in a layer. To compute keys and values of all positions again would take 4 d_model^2 more.
+    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it never writes START and runs
+    under `jax.jit`.
     """
-    d_model, layers = 64, 2
-    params = jax.jit(lambda: main.init_model(jax.random.key(0), 11, layers, d_model, 2, 128))()  # positions matter
-    source = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
-    target = np.array([[main.START, 2, 7, 1, 8, 2], [main.START, 1, 4, 1, 4, 2]])
-    memory = jax.jit(lambda params: tl.encoder(params["encoder"], main.embed(params, source)))(params)
-    expected, step = jax.jit(main.model)(params, source, target), jax.jit(main.decode_step)
-    cache = main.init_cache(params, memory, 6)
-    for i in range(6):
-        logits, cache = step(params, cache, target[:, i], i)
-        np.testing.assert_allclose(logits, expected[:, i], atol=1e-4)
+    vocab_size, length = 5, 4
+    params = jax.jit(lambda: main.init_model(jax.random.key(0), vocab_size, 2, 16, 2, 16))()
+    params["embedding"] *= 20
+    params["decoder"]["feed_forward_norm"]["scale"] *= jnp.array([[1], [-1]])  # otherwise it repeats one token
+    generate, beam_search = jax.jit(main.generate), jax.jit(main.beam_search, static_argnums=2)
 
-    def operations(length):
-        memory = jnp.zeros((length, d_model))
-        cache = jax.eval_shape(lambda: main.init_cache(params, memory, length))
-        return step.lower(params, cache, jnp.array(0), 0).cost_analysis()["flops"]
+    @jax.jit
+    def score(source, target):
+        log_probabilities = jax.nn.log_softmax(main.model(params, source, main.shift_right(target)))
+        return jnp.take_along_axis(log_probabilities, target[:, None], axis=-1).sum()
 
-    # Two attentions. Twice their operations leave room for softmax and mask. XLA counts the layers of a scan once.
-    assert operations(2048) - operations(1024) < 1024 * 2 * layers * 2 * 4 * d_model
+    every_string = np.array(list(itertools.product(range(1, vocab_size), repeat=length)))
+    improved = 0
+    for source in np.random.default_rng(0).integers(1, vocab_size, (5, length)):
+        greedy = generate(params, source)
+        narrow, narrow_score = beam_search(params, source, 1)
+        np.testing.assert_array_equal(narrow, greedy)  # a beam of one is greedy decoding
+        np.testing.assert_allclose(narrow_score, score(source, greedy), atol=1e-4)
+        scores = jax.vmap(lambda target, source=source: score(source, target))(every_string)
+        widest, best_score = beam_search(params, source, (vocab_size - 1) ** (length - 1))
+        np.testing.assert_array_equal(widest, every_string[scores.argmax()])  # no prefix is ever dropped
+        np.testing.assert_allclose(best_score, scores.max(), atol=1e-4)
+        found, found_score = beam_search(params, source, 4)
+        np.testing.assert_allclose(found_score, score(source, found), atol=1e-4)
+        assert narrow_score - 1e-4 <= found_score <= best_score + 1e-4
+        print(f"\ngreedy {narrow} {narrow_score:.3f}  beam of 4 {found} {found_score:.3f}", end="")
+        improved += found_score > narrow_score + 1e-4
+    assert improved
 
 
 # ---- 10. A sliding window in attention.py ----------------------------------------------------------------------------
 
 
-def test_window_is_that_of_jax_nn_and_leaves_out_blocks(monkeypatch):
-    """flash_attention(..., causal=True, window=w): a query sees the last w keys, its own included.
+def test_window_equals_jax_nn_and_skips_blocks(monkeypatch):
+    """flash_attention(..., causal=True, window=w): a query attends to the last w keys, including its own position.
 
-    Blocks of keys before the window are never computed, forward and backward: `_block_scores` is not called for them.
+    Key blocks before the window are skipped, forward and backward: `_block_scores` is not called for them.
     """
     inputs = arrays((2, 3, 40, 8), (2, 3, 40, 8), (2, 3, 40, 8))
 
-    def witness(query, key, value):
+    def reference(query, key, value):
         swapped = (x.swapaxes(1, 2) for x in (query, key, value))
         return jax.nn.dot_product_attention(*swapped, is_causal=True, local_window_size=(9, 0)).swapaxes(1, 2)
 
-    def window(query, key, value, window=10):
-        return attention.flash_attention(query, key, value, causal=True, window=window, block_size=4)
+    def window(query, key, value, window=10, block_size=4):
+        return attention.flash_attention(query, key, value, causal=True, window=window, block_size=block_size)
 
     def gradients(function):
         return jax.grad(lambda *arguments: jnp.square(function(*arguments)).sum(), argnums=(0, 1, 2))
 
-    np.testing.assert_allclose(jax.jit(window)(*inputs), jax.jit(witness)(*inputs), atol=1e-5)
-    for actual, expected in zip(*(jax.jit(gradients(f))(*inputs) for f in (window, witness)), strict=True):
+    np.testing.assert_allclose(jax.jit(window)(*inputs), jax.jit(reference)(*inputs), atol=1e-5)
+    for actual, expected in zip(*(jax.jit(gradients(f))(*inputs) for f in (window, reference)), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
     computed, block_scores = [], attention._block_scores
 
-    def spy(*arguments, **options):
+    def recording_block_scores(*arguments, **options):
         computed.append(None)
         return block_scores(*arguments, **options)
 
-    monkeypatch.setattr(attention, "_block_scores", spy)
-    with jax.disable_jit():  # without jit, a loop runs in Python
+    with monkeypatch.context() as patch, jax.disable_jit():  # loops run in Python
+        patch.setattr(attention, "_block_scores", recording_block_scores)
         gradients(window)(*(x[0, 0] for x in inputs), 9)
-    # With a window of 9, each of ten blocks of queries needs at most three of keys: 27, once forward, once backward.
+    # With a window of 9, each of ten query blocks needs at most three key blocks: 27, once forward, once backward.
     assert 0 < len(computed) <= 2 * 27, f"{len(computed)} blocks are computed, and at most 54 are needed"
+
+    long = arrays((8192, 64), (8192, 64), (8192, 64))
+    for width in (8192, 256):
+        attend = jax.jit(lambda *qkv, width=width: window(*qkv, width, 256)).lower(*long).compile()
+        start = time.perf_counter()
+        jax.block_until_ready(attend(*long))
+        print(f"\nn = 8,192, window {width:>5,}: {(time.perf_counter() - start) * 1e3:6.1f} ms", end="")

@@ -1,4 +1,4 @@
-"""Derivatives of every public function against finite differences, in float64, where these are exact to 1e-8."""
+"""Derivatives of every public function against finite differences, in float64."""
 
 import functools
 
@@ -23,7 +23,7 @@ def draw(*shapes):
 
 
 def mask_with_an_empty_row():
-    """(N, M), where row 1 may attend to nothing."""
+    """(N, M), with row 1 fully masked."""
     return np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], bool)
 
 
@@ -52,22 +52,22 @@ def cases():
             lambda p, x, m: tl.decoder(p, x, m, memory_mask=mask),
             (PARAMS(tl.init_decoder, 2, D, H, F), x, memory),
         ),
-        # Encoder and decoder; the embedding's gradient comes from both their inputs and from the logits.
+        # The whole model. The gradient of the embedding comes from both inputs and from the logits.
         "loss": (lambda p: main.loss(p, tokens, tokens[::-1]), (PARAMS(main.init_model, 5, 2, D, H, F),)),
     }
 
 
 @pytest.mark.parametrize("name", cases())
 def test_derivatives(name):
-    """First and second derivatives, forward and reverse, along random directions, against finite differences.
+    """First and second derivatives, in forward and reverse mode, along random directions.
 
-    Of flash_attention there is the first derivative in reverse mode.
+    flash_attention supports only reverse mode; its second derivatives are in test_flash.py.
     """
     with jax.enable_x64(True):
         function, arguments = cases()[name]
         function, arguments = jax.jit(function), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)
         order, modes = (1, ["rev"]) if name.startswith("flash_attention") else (2, ["fwd", "rev"])
-        order = 1 if name == "loss" else order  # its parts have their second derivatives above
-        # A step of 1e-4 leaves an error of its square in the differences, times third derivatives of up to 100.
+        order = 1 if name == "loss" else order  # second derivatives of its parts are above
+        # With a step of 1e-4, the error is its square times third derivatives of up to 100.
         for mode in modes:
             check_grads(function, arguments, order=order, modes=(mode,), atol=2e-5, rtol=2e-5, eps=1e-4)

@@ -23,7 +23,7 @@ PROGRAM = [sys.executable, str(Path(main.__file__))]
 TEXT = "Never odd or even, 1234"
 SMALL = ["--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--batch-size", "8", "--steps", "7"]
 
-# ---- The model -----------------------------------------------------------------------------------------------------
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 SOURCE, TARGET = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), np.array([[2, 7, 1], [8, 2, 8]])
 
@@ -115,7 +115,7 @@ def test_cross_attention_weights_are_those_of_the_last_layer(params):
     np.testing.assert_allclose(weights, attention_weights(query, key), atol=1e-5)
 
 
-# ---- Kinds of arrays and numbers -----------------------------------------------------------------------------------
+# ---- Kinds of arrays and numbers -------------------------------------------------------------------------------------
 
 
 def test_numpy_parameters_and_lists_of_tokens(params):
@@ -163,7 +163,7 @@ def test_partition_specs_of_any_container():
     assert main.partition_specs(norm) == P()
 
 
-# ---- Training ------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def test_train_step_is_adam_on_the_gradient_of_the_loss(params):
@@ -179,7 +179,7 @@ def test_train_step_is_adam_on_the_gradient_of_the_loss(params):
         np.testing.assert_allclose(actual, exact, atol=rate / 10)
 
 
-# ---- The program ---------------------------------------------------------------------------------------------------
+# ---- The program -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -255,7 +255,7 @@ def test_flags_seed_and_encoding(monkeypatch):
 def test_no_steps_and_a_long_text(monkeypatch):
     """`--steps 0` trains nothing, so the two maps are equal. Maps too wide for 80 columns go below each other."""
     output = run_here(monkeypatch, "ascii", "0123456789" * 4, *SMALL, "--steps", "0")
-    assert "3. Training: skipped (--steps 0)\n\n4." in output
+    assert "3. Training: skipped (--steps 0)\n\n4. " in output
     assert "exact matches: 0/8 (final parameters)\n" in output
     before, after = re.search(r"before training\n(.*)after training\n(.*)", output, re.DOTALL).groups()
     assert before == after

@@ -1,7 +1,7 @@
 """The claims of "Attention Is All You Need" (arXiv 1706.03762), one test each, in the order of the paper.
 
-`python -m pytest tests/test_paper.py -v` lists them. What a claim is checked against is written here in NumPy, from the
-paper's text alone. A tolerance without a remark is a few roundings of float32, which are 1e-7 each.
+The reference implementation, in NumPy, is written from the paper's text alone. A tolerance without a comment allows a
+few roundings of float32, 1e-7 each.
 """
 
 import functools
@@ -17,7 +17,7 @@ import transformer_layer as tl
 from attention import attention_weights, padding_mask, scaled_dot_product_attention
 from common import arrays, random_params
 
-D_MODEL, HEADS, D_FF, LAYERS, SYMBOLS = 12, 3, 20, 2, 11
+D_MODEL, HEADS, D_FF, LAYERS, VOCAB_SIZE = 12, 3, 20, 2, 11
 SIZES = LAYERS, D_MODEL, HEADS, D_FF
 N, M = 5, 7  # positions, positions of the memory
 X, MEMORY, VALUE = arrays((N, D_MODEL), (M, D_MODEL), (M, D_MODEL))
@@ -28,7 +28,7 @@ TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
 
 
 def in_float64(tree):
-    """The arrays of a tree as NumPy arrays of float64."""
+    """The arrays of a pytree as NumPy arrays in float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
@@ -66,13 +66,13 @@ def equation_2(params, x):
 
 
 def layer_norm(params, x):
-    """Each position minus its mean, over its standard deviation, times scale, plus bias (arXiv 1607.06450)."""
+    """Each position minus its mean, divided by its standard deviation, times scale, plus bias (arXiv 1607.06450)."""
     mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
     return (x - mean) / np.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
 
 
 def encoder(params, x):
-    """Figure 1, left: N times self-attention and feed-forward network, each within LayerNorm(x + Sublayer(x))."""
+    """Figure 1, left: N times self-attention and feed-forward network, each as LayerNorm(x + Sublayer(x))."""
     for p in layers(params):
         x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x))
         x = layer_norm(p["feed_forward_norm"], x + equation_2(p["feed_forward"], x))
@@ -80,7 +80,7 @@ def encoder(params, x):
 
 
 def decoder(params, x, memory):
-    """Figure 1, right: as the encoder, with causal self-attention, and attention over the memory after it."""
+    """Figure 1, right: like the encoder, with causal self-attention, then attention over the memory."""
     for p in layers(params):
         x = layer_norm(p["self_attention_norm"], x + multi_head(p["self_attention"], x, x, x, np.tri(len(x))))
         x = layer_norm(p["cross_attention_norm"], x + multi_head(p["cross_attention"], x, memory, memory))
@@ -89,7 +89,7 @@ def decoder(params, x, memory):
 
 
 def layers(params):
-    """The parameters of each layer, from those of the stack."""
+    """The parameters of a stack, as a list of layers."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(LAYERS)]
 
 
@@ -103,27 +103,24 @@ def positional_encoding(length, d_model):
     return encoding
 
 
-# ---- What XLA and JAX know about a function --------------------------------------------------------------------------
+# ---- Costs and dependencies of a function ----------------------------------------------------------------------------
 
 
 def flops(function, *inputs):
-    """The floating-point operations that XLA counts in the function; the inputs need no more than shapes.
-
-    In the program as it is written for a CPU, before XLA optimizes it for the machine at hand.
-    """
+    """The floating-point operations that XLA counts in the CPU program of a function, before optimization."""
     with jax.default_device(jax.devices("cpu")[0]):
         return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
 
 
 def shape(*sizes):
-    """An array of float32 that has a shape and no contents."""
+    """A float32 array without contents."""
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
 def depends(function, *inputs):
-    """For each input, booleans (n, m): whether the output at position i depends on the input at position j.
+    """For each input, booleans (n, m): whether output position i depends on input position j.
 
-    Read off the Jacobians (n, d, m, d), without a tolerance: what does not depend is zero and nothing else.
+    Computed from the Jacobians (n, d, m, d), without a tolerance: no dependence means exact zeros.
     """
     jacobians = jax.jit(jax.jacfwd(function, argnums=range(len(inputs))))(*inputs)
     assert all(np.isfinite(jacobian).all() for jacobian in jacobians)
@@ -131,8 +128,8 @@ def depends(function, *inputs):
 
 
 @functools.cache
-def what_the_decoder_depends_on():
-    """`depends` of the decoder on x and on a memory whose last three positions are padding."""
+def decoder_dependencies():
+    """`depends` for the decoder, x, and a memory whose last three positions are padding."""
     params = random_params(tl.init_decoder, *SIZES)
     memory_mask = padding_mask(M - 3, M)
     return depends(lambda x, memory: tl.decoder(params, x, memory, memory_mask=memory_mask), X, MEMORY)
@@ -144,7 +141,7 @@ def what_the_decoder_depends_on():
 def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
     """Section 3.1: the output of each sub-layer is LayerNorm(x + Sublayer(x)), in the encoder and in the decoder.
 
-    A layer norm before the sub-layer instead of after it, as in later models, gives other numbers.
+    Layer normalization before the sub-layer, as in later models, gives different numbers.
     """
     params = random_params(tl.init_encoder, *SIZES)
     expected = encoder(*in_float64((params, X)))
@@ -155,7 +152,7 @@ def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
 
 
 def test_3_1_layer_norm_gives_each_position_mean_0_and_variance_1():
-    """Section 3.1: before scale and bias, LayerNorm gives each position the mean 0 and the variance 1."""
+    """Section 3.1: before scale and bias, LayerNorm gives each position mean 0 and variance 1."""
     scale, bias = in_float64(arrays((D_MODEL,), (D_MODEL,)))
     params, x = {"scale": scale, "bias": bias}, 10 * X + 3
     normal = (np.asarray(jax.jit(tl.layer_norm)(params, x)) - bias) / scale
@@ -163,10 +160,10 @@ def test_3_1_layer_norm_gives_each_position_mean_0_and_variance_1():
     np.testing.assert_allclose(normal.var(axis=-1), 1, rtol=2e-6)
 
 
-def test_3_1_a_prediction_depends_on_known_outputs_only():
+def test_3_1_a_prediction_depends_only_on_known_outputs():
     """Section 3.1: the output embeddings are offset by one position: predictions for i depend on outputs before i."""
     np.testing.assert_array_equal(main.shift_right(TOKENS), [main.START, *TOKENS[:-1]])
-    params, target = random_params(main.init_model, SYMBOLS, *SIZES), TOKENS[:5]
+    params, target = random_params(main.init_model, VOCAB_SIZE, *SIZES), TOKENS[:5]
 
     @jax.jit
     def predict(params, target):
@@ -190,18 +187,17 @@ def test_3_2_1_attention_is_equation_1():
 
 
 @pytest.mark.parametrize("d_k", [8, 64])
-def test_3_2_1_scale_takes_the_variance_of_q_k_from_d_k_to_1(d_k):
-    """Section 3.2.1, footnote 4: q . k of components of mean 0 and variance 1 has variance d_k, with the scale 1.
+def test_3_2_1_the_scale_reduces_the_variance_of_q_k_from_d_k_to_1(d_k):
+    """Section 3.2.1, footnote 4: for components of mean 0 and variance 1, q . k has variance d_k, with the scale 1.
 
-    Beside k, each query gets a second key, of zeros. Its score is 0, so by the definition of the softmax the logarithm
-    of the ratio of the two weights is the score of k.
+    Each query has two keys: k, and zeros, whose score is 0. The log of the ratio of the two weights is the score of k.
     """
     samples = 50_000
     query, key = arrays((samples, 1, d_k), (samples, 1, d_k))
     weights = np.asarray(jax.jit(attention_weights)(query, np.concatenate([key, np.zeros_like(key)], axis=1)))
     scaled = np.log(weights[:, 0, 0] / weights[:, 0, 1])
     unscaled = np.einsum("snk,snk->s", query, key)
-    # q . k has the kurtosis 3 + 6 / d_k, hence the standard errors of its mean and variance; five of them are allowed.
+    # q . k has kurtosis 3 + 6 / d_k, which gives the standard errors of its mean and variance. Five are allowed.
     error_of_mean, error_of_variance = math.sqrt(1 / samples), math.sqrt((2 + 6 / d_k) / samples)
     for products, variance in ((unscaled, d_k), (scaled, 1)):
         assert abs(products.mean()) < 5 * error_of_mean * math.sqrt(variance)
@@ -209,11 +205,10 @@ def test_3_2_1_scale_takes_the_variance_of_q_k_from_d_k_to_1(d_k):
 
 
 def test_3_2_1_without_the_scale_the_gradient_of_the_softmax_vanishes():
-    """Section 3.2.1: at d_k = 512 the softmax has extremely small gradients without the scale, and not with it.
+    """Section 3.2.1: at d_k = 512, the softmax has extremely small gradients without the scale, but not with it.
 
-    Two random keys compete for each of a thousand random queries. Without the scale their scores are some 30 apart, and
-    the softmax has made its choice. The median of all queries, for where two scores happen to be close there is a
-    gradient.
+    Two random keys compete for each of a thousand random queries. Without the scale, their scores differ by about 30,
+    so the softmax saturates. Take the median, because some queries happen to have two scores that are close.
     """
     d_k = 512
     queries, keys = arrays((1000, 1, d_k), (1000, 2, d_k))
@@ -226,7 +221,7 @@ def test_3_2_1_without_the_scale_the_gradient_of_the_softmax_vanishes():
         np.median(np.linalg.norm(gradients(queries, keys, factor), axis=-1)) for factor in (1, math.sqrt(d_k))
     )
     assert with_scale > 0.1
-    assert without_scale < 1e-5  # of a gradient of some e^-30, rounding errors of float32 are all that is left
+    assert without_scale < 1e-5  # gradients of about e^-30 vanish in float32
 
 
 # ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
@@ -241,7 +236,7 @@ def test_3_2_2_multi_head_is_concat_of_heads_times_w_o():
 
 
 def test_3_2_2_multi_head_costs_as_much_as_single_head():
-    """Section 3.2.2: eight heads of an eighth of the depth cost as much as a single head of the full depth."""
+    """Section 3.2.2: eight heads of dimension d_model / 8 cost as much as one head of dimension d_model."""
     n, d_model = 128, 512
 
     def cost(params):
@@ -250,9 +245,9 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
     single, multi = (
         cost(jax.eval_shape(lambda h=h: tl.init_multi_head_attention(jax.random.key(0), d_model, h))) for h in (1, 8)
     )
-    # Not exactly as much: there are eight softmaxes in place of one, 0.15% of the whole.
+    # Not exactly: there are eight softmaxes instead of one, 0.15% of the total.
     assert multi == pytest.approx(single, rel=2e-3)
-    # Eight heads of the full depth would cost eight times as much.
+    # Eight heads of dimension d_model would cost eight times as much.
     full = {name: shape(d_model, 8, d_model) for name in ("query", "key", "value")}
     assert cost({**full, "output": shape(8, d_model, d_model)}) == pytest.approx(8 * single, rel=2e-3)
 
@@ -260,24 +255,24 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
 # ---- Section 3.2.3: applications of attention ------------------------------------------------------------------------
 
 
-def test_3_2_3_decoder_attends_over_all_positions_of_the_memory_but_its_padding():
-    """Section 3.2.3: every position in the decoder attends over all positions of the memory, save its padding."""
-    np.testing.assert_array_equal(what_the_decoder_depends_on()[1], N * [[1, 1, 1, 1, 0, 0, 0]])
+def test_3_2_3_decoder_attends_to_all_memory_positions_except_padding():
+    """Section 3.2.3: every decoder position attends to all positions of the memory, except for padding."""
+    np.testing.assert_array_equal(decoder_dependencies()[1], N * [[1, 1, 1, 1, 0, 0, 0]])
 
 
 def test_3_2_3_encoder_attends_to_all_positions():
-    """Section 3.2.3: each position in the encoder can attend to all positions."""
+    """Section 3.2.3: each encoder position can attend to all positions, or with causal=True to those up to itself."""
     params = random_params(tl.init_encoder, *SIZES)
     np.testing.assert_array_equal(depends(lambda x: tl.encoder(params, x), X)[0], np.ones((N, N)))
+    np.testing.assert_array_equal(depends(lambda x: tl.encoder(params, x, causal=True), X)[0], np.tri(N))
 
 
 def test_3_2_3_decoder_attends_up_to_and_including_its_position():
-    """Section 3.2.3: each position in the decoder attends to all positions up to and including it, to none after.
+    """Section 3.2.3: each decoder position attends to all positions up to and including itself, and to none after it.
 
-    In the stack, the residual connection passes a position on to itself even where attention leaves it out. Hence also
-    causal attention by itself.
+    In the stack, a position depends on itself through the residual connection, so check causal attention alone, too.
     """
-    np.testing.assert_array_equal(what_the_decoder_depends_on()[0], np.tri(N))
+    np.testing.assert_array_equal(decoder_dependencies()[0], np.tri(N))
     causal = depends(lambda value: scaled_dot_product_attention(X, X, value, causal=True), X)
     np.testing.assert_array_equal(causal[0], np.tri(N))
 
@@ -304,9 +299,9 @@ def test_3_3_feed_forward_is_applied_to_each_position_separately_and_identically
 # ---- Section 3.4: embeddings and softmax -----------------------------------------------------------------------------
 
 
-def test_3_4_embedding_and_softmax_share_one_matrix_times_sqrt_d_model():
-    """Section 3.4: embedding and pre-softmax transformation share one matrix; the embedding is times sqrt(d_model)."""
-    params = random_params(main.init_model, SYMBOLS, *SIZES)
+def test_3_4_embedding_and_softmax_share_one_matrix():
+    """Section 3.4: embedding and logits share one matrix; the embedding is multiplied by sqrt(d_model)."""
+    params = random_params(main.init_model, VOCAB_SIZE, *SIZES)
     assert set(params) == {"embedding", "encoder", "decoder"}
     p = in_float64(params)
     source, target = (
@@ -323,8 +318,8 @@ def test_3_4_embedding_and_softmax_share_one_matrix_times_sqrt_d_model():
 encodings = jax.jit(main.positional_encoding, static_argnums=(0, 1))
 
 
-def test_3_5_the_order_of_the_sequence_enters_by_the_positions_only():
-    """Section 3.5: without positions the encoder is equivariant to permutations of its input, with them it is not."""
+def test_3_5_only_positions_carry_the_order_of_the_sequence():
+    """Section 3.5: the encoder is equivariant to permutations of its input, unless positions are added."""
     params = random_params(tl.init_encoder, *SIZES)
     encode = jax.jit(tl.encoder)
     order = np.array([2, 0, 4, 1, 3])
@@ -337,8 +332,8 @@ def test_3_5_the_order_of_the_sequence_enters_by_the_positions_only():
 
 
 def test_3_5_positional_encoding_is_the_formula():
-    """Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i / d_model)) and PE(pos, 2i + 1) = cos of the same."""
-    # An angle of up to 100 radians is itself known to no more than 1e-7 of it.
+    """Section 3.5: PE(pos, 2i) is the sine of pos / 10000^(2i / d_model), and PE(pos, 2i + 1) its cosine."""
+    # In float32, an angle of up to 100 radians has an error of 1e-5.
     np.testing.assert_allclose(encodings(100, 16), positional_encoding(100, 16), atol=1e-5)
 
 
@@ -346,7 +341,7 @@ def test_3_5_positional_encoding_is_the_formula():
 def test_3_5_positional_encoding_of_pos_plus_k_is_linear_in_that_of_pos(k):
     """Section 3.5: for any fixed offset k, PE(pos + k) is a linear function of PE(pos).
 
-    The same function for all pos: each pair of sine and cosine turns by the angle k / 10000^(2i / d_model).
+    It is the same function for all pos: each pair of sine and cosine rotates by k / 10000^(2i / d_model).
     """
     d_model = 16
     sine = np.arange(0, d_model, 2)
@@ -356,21 +351,20 @@ def test_3_5_positional_encoding_of_pos_plus_k_is_linear_in_that_of_pos(k):
     rotation[sine, sine], rotation[sine, cosine] = np.cos(angle), np.sin(angle)
     rotation[cosine, sine], rotation[cosine, cosine] = -np.sin(angle), np.cos(angle)
     encoding = np.asarray(encodings(100, d_model))
-    # The tolerance is that of the formula, for the same reason.
-    np.testing.assert_allclose(encoding[k:], encoding[:-k] @ rotation.T, atol=1e-5)
+    np.testing.assert_allclose(encoding[k:], encoding[:-k] @ rotation.T, atol=1e-5)  # angles, as above
 
 
 # ---- Section 4: why self-attention -----------------------------------------------------------------------------------
 
 
 def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
-    """Section 4, Table 1: the complexity of a self-attention layer is O(n^2 d), with operations counted by XLA."""
+    """Section 4, Table 1: the complexity of a self-attention layer is O(n^2 d), in operations counted by XLA."""
 
     def cost(n, d):
         return flops(scaled_dot_product_attention, *3 * [shape(n, d)])
 
     n, d = 1024, 512
-    # To leading order: next to the two matrix products, 4 n^2 d, there is a softmax of some 6 n^2, and n d divisions.
+    # To leading order: besides the two matrix products, 4 n^2 d, the softmax takes about 6 n^2.
     assert cost(n, d) == pytest.approx(4 * n**2 * d, rel=5e-3)
     assert cost(2 * n, d) == pytest.approx(4 * cost(n, d), rel=2e-3)
     assert cost(n, 2 * d) == pytest.approx(2 * cost(n, d), rel=2e-3)
@@ -381,7 +375,7 @@ def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
 
 def test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root():
     """Section 5.3, Equation 3: the learning rate grows linearly for warmup_steps, then falls as 1 / sqrt(step)."""
-    d_model, warmup = 512, 4000  # the paper's own
+    d_model, warmup = 512, 4000  # as in the paper
     steps = np.arange(1, 100_001, dtype=np.float64)
     rates = np.asarray(main.learning_rate(steps, d_model, warmup))
     assert steps[rates.argmax()] == warmup
@@ -394,19 +388,19 @@ def test_5_3_adam_is_its_algorithm():
     """Section 5.3: Adam with beta_1 = 0.9, beta_2 = 0.98 and epsilon = 1e-9, five steps against a loop in float64."""
     generator = np.random.default_rng(0)
     gradients, parameter = generator.standard_normal((5, 3)), generator.standard_normal(3)
-    expected, mean, square = parameter, 0, 0
+    expected, m, v = parameter, 0, 0
     params, adam = {"x": parameter.astype(np.float32)}, jax.jit(main.adam)
     moments = main.init_adam(params)
     for t, gradient in enumerate(gradients, start=1):
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.98 * square + 0.02 * gradient**2
-        expected = expected - 0.1 * (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.98**t)) + 1e-9)
+        m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
+        expected = expected - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-9)
         params, moments = adam(params, moments, {"x": gradient.astype(np.float32)}, t, 0.1)
     np.testing.assert_allclose(params["x"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_5_4_dropout_drops_its_share_and_keeps_the_mean(rate):
-    """Section 5.4: dropout drops the share P_drop of the elements; scaling up the others keeps the mean."""
+def test_5_4_dropout_keeps_the_mean(rate):
+    """Section 5.4: dropout sets a fraction P_drop of the elements to zero; scaling the others keeps the mean."""
     samples = 1_000_000
     dropped = np.asarray(jax.jit(tl.dropout)(jax.random.key(0), np.ones(samples, np.float32), rate))
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=2e-7)
@@ -418,7 +412,7 @@ def test_5_4_dropout_drops_its_share_and_keeps_the_mean(rate):
 def test_5_4_dropout_applies_to_the_output_of_each_sublayer(monkeypatch):
     """Section 5.4: dropout applies to the output of each sub-layer, before it is added to the sub-layer's input.
 
-    Where it drops everything, the residual connections are all that is left: one LayerNorm(x) after the other.
+    If it drops everything, only the residual connections remain: one LayerNorm(x) after another.
     """
     monkeypatch.setattr(tl, "dropout", lambda rng, x, rate: jnp.zeros_like(x))
     params = random_params(tl.init_decoder, *SIZES)
@@ -431,7 +425,7 @@ def test_5_4_dropout_applies_to_the_output_of_each_sublayer(monkeypatch):
 
 
 def test_5_4_without_a_key_there_is_no_dropout():
-    """Section 5.4: dropout is for training; without a random key no random number is drawn, whatever the rate."""
+    """Section 5.4: dropout is for training. Without a random key, no random number is generated, whatever the rate."""
     assert tl.dropout(None, X, 0.5) is X
     params = random_params(tl.init_encoder, *SIZES)
 
@@ -443,24 +437,24 @@ def test_5_4_without_a_key_there_is_no_dropout():
     assert program(None, 0.5) == program(None, 0.1)
 
 
-def test_5_4_label_smoothing_gives_a_tenth_to_all_symbols():
-    """Section 5.4: label smoothing of 0.1 asks for the wanted token with 0.9 and spreads 0.1 over all symbols."""
-    params = random_params(main.init_model, SYMBOLS, *SIZES)
+def test_5_4_label_smoothing_spreads_a_tenth_over_the_vocabulary():
+    """Section 5.4: label smoothing of 0.1 puts 0.9 on the correct token and spreads 0.1 over the whole vocabulary."""
+    params = random_params(main.init_model, VOCAB_SIZE, *SIZES)
     source, target = TOKENS, TOKENS[::-1].copy()
     logits = np.asarray(jax.jit(main.model)(params, source, np.array([0, *target[:-1]])), np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    wanted = np.full((len(target), SYMBOLS), 0.1 / SYMBOLS)
+    labels = np.full((len(target), VOCAB_SIZE), 0.1 / VOCAB_SIZE)
     for i, token in enumerate(target):
-        wanted[i, token] += 0.9
-    cross_entropy = -(wanted * log_probabilities).sum(axis=-1).mean()
+        labels[i, token] += 0.9
+    cross_entropy = -(labels * log_probabilities).sum(axis=-1).mean()
     np.testing.assert_allclose(jax.jit(main.loss)(params, source, target), cross_entropy, rtol=1e-6)
 
 
 # ---- Section 6: results ----------------------------------------------------------------------------------------------
 
 
-def test_6_1_the_last_parameters_are_averaged():
-    """Section 6.1: the model that is used is the mean of the last checkpoints."""
+def test_6_1_average_is_the_mean_of_the_last_parameters():
+    """Section 6.1: the final model is the average of the last checkpoints."""
     checkpoints = arrays((7, 3))[0]
     mean, average = np.zeros(3, np.float32), jax.jit(main.average)
     for count, params in enumerate(checkpoints, start=1):
@@ -479,9 +473,9 @@ def test_6_1_the_last_parameters_are_averaged():
 def test_6_2_table_3_number_of_parameters(d_model, heads, d_ff, in_the_paper, expected):
     """Section 6.2, Table 3: the base model has 63.0 million parameters (the paper: 65), the big one 214 (213).
 
-    Six encoder layers, six decoder layers and one embedding of 37,000 symbols, of which nothing is allocated.
+    Six encoder layers, six decoder layers and one embedding of 37,000 tokens. Only shapes, nothing is allocated.
     """
     model = jax.eval_shape(lambda: main.init_model(jax.random.key(0), 37_000, 6, d_model, heads, d_ff))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert parameters == expected
-    assert parameters == pytest.approx(in_the_paper, rel=0.04)  # of "about 37000" symbols, and rounded
+    assert parameters == pytest.approx(in_the_paper, rel=0.04)  # for "about 37000" tokens, and rounded

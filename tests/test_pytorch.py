@@ -1,8 +1,8 @@
-"""PyTorch as witness: multi-head attention and the two layers give torch.nn's outputs and gradients.
+"""PyTorch as reference: multi-head attention and the two layers give torch.nn's outputs and gradients.
 
-The witness is data/golden.npz. Its arrays have torch's names and conventions, told in data/make_golden.py, which
-made it; torch is not needed here. This file translates them to the project's, the same way for weights and their
-gradients, and compares the output and every gradient: in float32 and float64, by plain and by block-wise attention.
+data/make_golden.py wrote the reference data, golden.npz, with torch's names and conventions; torch is not needed here.
+This file converts weights and gradients to the conventions of this project, and compares the output and every gradient
+in float32 and float64, with plain and flash attention.
 """
 
 import functools
@@ -21,7 +21,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 @functools.cache
 def golden(case):
-    """The arrays of a case: num_heads, output, output_weights, and by name its inputs, weights, masks, gradients."""
+    """The arrays of a case: num_heads, output, output_weights, and dicts of inputs, weights, masks and gradients."""
     data = {"inputs": {}, "weights": {}, "masks": {}, "gradients": {}}
     with np.load(Path(__file__).parent / "data" / "golden.npz") as file:
         for path in file:
@@ -35,7 +35,7 @@ def golden(case):
 
 
 def attention_params(torch, num_heads, prefix=""):
-    """torch has W^Q, W^K and W^V as the rows of one (3 d, d), each (out, in), and in each the heads one by one."""
+    """torch stacks W^Q, W^K and W^V, each (out, in), as the rows of one (3 d, d) matrix, head by head."""
     output = torch[prefix + "out_proj.weight"].T
     stacked = torch[prefix + "in_proj_weight"].reshape(3, num_heads, -1, len(output))
     query, key, value = np.einsum("phkd->pdhk", stacked)
@@ -43,18 +43,18 @@ def attention_params(torch, num_heads, prefix=""):
 
 
 def feed_forward_params(torch):
-    """torch's linear1 and linear2 are the two transformations of Equation 2, (out, in)."""
+    """torch's linear1 and linear2 are the two linear maps of Equation 2, (out, in)."""
     w1, w2 = torch["linear1.weight"].T, torch["linear2.weight"].T
     return {"w1": w1, "b1": torch["linear1.bias"], "w2": w2, "b2": torch["linear2.bias"]}
 
 
 def norm_params(torch, name):
-    """torch calls the scale of a layer norm its weight, and numbers the norms in the order of the sub-layers."""
+    """torch calls the scale of a layer norm its weight, and numbers the norms by sub-layer."""
     return {"scale": torch[f"{name}.weight"], "bias": torch[f"{name}.bias"]}
 
 
 def encoder_layer_params(torch, num_heads):
-    """torch.nn.TransformerEncoderLayer's parameters as those of encoder_layer."""
+    """The parameters of torch.nn.TransformerEncoderLayer, for encoder_layer."""
     return {
         "self_attention": attention_params(torch, num_heads, "self_attn."),
         "self_attention_norm": norm_params(torch, "norm1"),
@@ -64,7 +64,7 @@ def encoder_layer_params(torch, num_heads):
 
 
 def decoder_layer_params(torch, num_heads):
-    """torch.nn.TransformerDecoderLayer's parameters as those of decoder_layer."""
+    """The parameters of torch.nn.TransformerDecoderLayer, for decoder_layer."""
     return {
         "self_attention": attention_params(torch, num_heads, "self_attn."),
         "self_attention_norm": norm_params(torch, "norm1"),
@@ -76,7 +76,7 @@ def decoder_layer_params(torch, num_heads):
 
 
 def unpadded(key_padding_mask):
-    """torch's (batch, m), True at padding, as (batch, 1, 1, m), True where a query may attend."""
+    """torch's mask (batch, m), True for padding -> (batch, 1, 1, m), True for "may attend"."""
     return ~key_padding_mask[:, None, None, :]
 
 
@@ -114,10 +114,10 @@ def assert_agrees(case, dtype, params_from_torch, function):
     [("attention_cross", "float32"), ("attention_cross", "float64"), ("attention_self", "float64")],
 )
 def test_multi_head_attention_agrees_with_pytorch(case, dtype):
-    """multi_head_attention is torch.nn.MultiheadAttention: self and cross, one mask for all or for each head."""
+    """multi_head_attention equals torch.nn.MultiheadAttention: self and cross, one mask, or one for each head."""
     masks, num_heads = golden(case)["masks"], golden(case)["num_heads"]
     mask = ~masks["attn_mask"]
-    if mask.ndim == 3:  # one for each head: torch has (batch * h, n, m), here it is (batch, h, n, m)
+    if mask.ndim == 3:  # one for each head: (batch * h, n, m) in torch, (batch, h, n, m) here
         mask = mask.reshape(-1, num_heads, *mask.shape[1:])
     if "key_padding_mask" in masks:
         mask = mask & unpadded(masks["key_padding_mask"])
@@ -134,9 +134,9 @@ def test_multi_head_attention_agrees_with_pytorch(case, dtype):
     [("encoder_padded", "float32"), ("encoder_padded", "float64"), ("encoder_one_head_causal", "float64")],
 )
 def test_encoder_layer_agrees_with_pytorch(case, dtype):
-    """encoder_layer is torch.nn.TransformerEncoderLayer: with padding, and causal with one head."""
+    """encoder_layer equals torch.nn.TransformerEncoderLayer: with padding, and causal with one head."""
     masks = golden(case)["masks"]
-    causal = "src_mask" in masks  # the data has no other mask there
+    causal = "src_mask" in masks  # the only such mask in the data
     mask = unpadded(masks["src_key_padding_mask"]) if "src_key_padding_mask" in masks else None
 
     def function(params, x):
@@ -155,10 +155,9 @@ def test_encoder_layer_agrees_with_pytorch(case, dtype):
     ],
 )
 def test_decoder_layer_agrees_with_pytorch(case, dtype, attention):
-    """decoder_layer, causal by itself, is torch.nn.TransformerDecoderLayer with a causal mask and padding.
+    """decoder_layer equals torch.nn.TransformerDecoderLayer with a causal mask and padding.
 
-    Also at padded targets: what they may attend to is as well defined as elsewhere. Blocks of 3 positions cut the
-    lengths into several, the last one not full.
+    Padded targets agree, too. With blocks of 3 positions, there are several blocks, and the last one is padded.
     """
     masks = golden(case)["masks"]
     mask, memory_mask = unpadded(masks["tgt_key_padding_mask"]), unpadded(masks["memory_key_padding_mask"])

@@ -1,4 +1,4 @@
-"""README.md: its commands run, its code runs, and what it says of the source and the tests is so."""
+"""README.md: its commands and code run, and its excerpts are in the source."""
 
 import ast
 import functools
@@ -14,66 +14,56 @@ import numpy as np
 import pytest
 
 import main
-import test_paper
 from attention import causal_mask, padding_mask, scaled_dot_product_attention
 from common import arrays, random_params
 from transformer_layer import encoder_layer, init_encoder_layer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"`(python [^`]+)`", README) + re.findall(
-    r"\bpython main\.py [^&;\n]*", "".join(text for kind, text in BLOCKS if kind == "sh")
+SOURCE = "".join(
+    (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("attention", "transformer_layer", "main")
 )
+BLOCKS = {kind: [] for kind in ("sh", "py", "python", "text")}
+for kind, text in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
+    BLOCKS[kind].append(text)
+COMMANDS = re.findall(r"`(python [^`]+)`", README) + re.findall(r"\bpython main\.py .*", "".join(BLOCKS["sh"]))
 
 
-def test_the_claims_that_readme_names():
-    """README's five claims are those of tests in test_paper.py: the first lines of their docstrings."""
-    docstrings = [function.__doc__ for name, function in vars(test_paper).items() if name.startswith("test_")]
-    claims = [re.sub(r"^Section |, (Equation|Table|footnote) \d", "", text.splitlines()[0]) for text in docstrings]
-    named = re.findall(r"^- (\d\.[\d.]*: .*)$", README, re.MULTILINE)
-    assert len(named) == 5
-    for claim in named:
-        assert f"{claim}." in claims
+def test_ci_runs_the_first_two_commands():
+    """.ci/run contains README's commands to install, run and test, as they are."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "".join(BLOCKS["sh"][:2]) in script
 
 
-def test_verbose_output_is_the_list_of_claims(capsys):
-    """`python -m pytest tests/test_paper.py -v` shows each test's claim below its name."""
-    name = "test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root"
-    assert pytest.main([f"{test_paper.__file__}::{name}", "-v", "-p", "no:cacheprovider"]) == 0
-    claim = getattr(test_paper, name).__doc__.splitlines()[0]
-    assert re.search(rf"::{name} PASSED\n    {re.escape(claim)}", capsys.readouterr().out)
+def test_excerpts_are_in_the_source():
+    """README shows the equations as they are in the files."""
+    excerpts = [excerpt for block in BLOCKS["py"] for excerpt in block.rstrip().split("\n\n")]
+    assert len(excerpts) == 3
+    for excerpt in excerpts:
+        assert f"\n{excerpt}\n" in SOURCE
 
 
-def test_links_lead_to_their_lines():
-    """The guided reading links each function to the line of its definition; all linked files exist."""
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) >= 16
-    for name, file, line in links:
-        assert (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1].startswith(f"def {name}("), name
-    for target in re.findall(r"\]\((?!https?:|\.\./)([^)#]+)", README):
+def test_links_and_names():
+    """Linked files exist, and the functions in the guided reading are defined in the source."""
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).is_file(), target
-
-
-def python_blocks():
-    """The names that the Python blocks define, run one after the other; cuDNN's kernel is XLA's where there is none.
-
-    The last line of each of the five on JAX shows something, with the result as a comment behind it.
-    """
-    names, blocks, shown = {}, [text for kind, text in BLOCKS if kind == "python"], 0
-    assert len(blocks) == 6
-    for text in blocks:
-        exec(text if jax.default_backend() == "gpu" else text.replace('"cudnn"', "None"), names)
-        for expression, result in re.findall(r"^(\S.*?)  # (.*)\n\Z", text, re.MULTILINE):
-            assert str(eval(expression, names)) == result, expression
-            shown += 1
-    assert shown == 5
-    return names
+    rows = re.findall(r"^\| (?:\d|Figure).*? \| (`.*?`) \|", README, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(names) >= 20
+    for name in names:
+        assert f"\ndef {name}(" in SOURCE, name
 
 
 def test_the_python_blocks_run():
-    """The blocks on JAX run, and the adapter of "On a GPU" gives the plain function's numbers, alone and in a layer."""
-    attend = python_blocks()["cudnn_attention"]
+    """Each block that ends in a comment has this result. `cudnn_attention` gives plain attention's numbers."""
+    names, results = {}, 0
+    for text in BLOCKS["python"]:
+        exec(text if jax.default_backend() == "gpu" else text.replace('"cudnn"', "None"), names)
+        for expression, result in re.findall(r"^(\S.*?)  # (.*)\n\Z", text, re.MULTILINE):
+            assert str(eval(expression, names)) == result, expression
+            results += 1
+    assert results == 5
+
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     tolerance = 2e-6 if dtype == jnp.float32 else 0.05
     inputs = arrays((2, 3, 8, 16), (2, 3, 8, 16), (2, 3, 8, 16), dtype=dtype)
@@ -81,46 +71,46 @@ def test_the_python_blocks_run():
     for mask, causal in itertools.product(masks, (False, True)):
         output, expected = (
             jax.jit(functools.partial(function, causal=causal))(*inputs, mask)
-            for function in (attend, scaled_dot_product_attention)
+            for function in (names["cudnn_attention"], scaled_dot_product_attention)
         )
         np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=tolerance)
     layer = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(init_encoder_layer, 48, 3, 8))
     x = arrays((2, 8, 48), dtype=dtype)[0]
-    output, expected = encoder_layer(layer, x, masks[1], attention=attend), encoder_layer(layer, x, masks[1])
+    output, expected = (
+        encoder_layer(layer, x, masks[1], attention=attention)
+        for attention in (names["cudnn_attention"], scaled_dot_product_attention)
+    )
     np.testing.assert_allclose(output.astype(float), expected.astype(float), atol=5 * tolerance)
 
 
-def test_the_parameters_as_a_tree():
-    """README's tree of an encoder layer's parameters has their names and shapes."""
+def test_the_parameter_tree():
+    """README shows the names and shapes of an encoder layer's parameters."""
     params = jax.eval_shape(lambda: init_encoder_layer(jax.random.key(0), d_model=512, num_heads=8, d_ff=2048))
     lines = [
         f"{name:<23}" + "  ".join(f"{key} {leaf.shape}" for key, leaf in leaves.items())
         for name, leaves in params.items()
     ]
-    assert "\n".join(lines) + "\n" in [text for kind, text in BLOCKS if kind == "text"]
+    assert "\n".join(lines) + "\n" in BLOCKS["text"]
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_commands_are_understood(monkeypatch, command):
-    """Each command that README names is of a script that exists; main.py accepts its arguments.
-
-    The runs themselves are tested in test_main.py, test_scale.py and test_benchmark.py, the first two by CI.
-    """
-    script, *arguments = shlex.split(command.replace("NAME", "rotary").removeprefix("python "), comments=True)
+def test_commands_are_accepted(monkeypatch, command):
+    """Each command runs a script that exists, and main.py accepts its arguments."""
+    script, *arguments = shlex.split(command.removeprefix("python "), comments=True)
     if script == "-m":  # pytest
-        script, arguments = next((word for word in arguments if word.startswith("tests/")), "tests/conftest.py"), []
+        script, arguments = next(word for word in arguments if word.startswith("tests/")), []
     assert (ROOT / script).is_file()
-    if script == "main.py" and arguments != ["--help"]:
+    if script == "main.py" and not {"--help", "--distributed"} & set(arguments):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(jax, "device_count", lambda: 8)
+        monkeypatch.setattr(jax, "make_mesh", lambda *arguments, **options: None)
         main.parse_arguments()
 
 
 def test_the_pictures_show_the_source():
-    """The lines of code in the pictures' boxes stand in attention.py or transformer_layer.py."""
-    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("attention.py", "transformer_layer.py"))
+    """The code in the boxes of the pictures is in the source."""
     tree = ast.parse((ROOT / "images" / "draw.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "code"]
-    lines = [call.args[0].value for call in calls]
-    assert len(lines) >= 10
-    for line in lines:
-        assert line in source, line
+    assert len(calls) >= 10
+    for call in calls:
+        assert call.args[0].value in SOURCE, call.args[0].value

@@ -22,12 +22,12 @@ PROGRAM = [sys.executable, str(Path(main.__file__))]
 MESHES = [(8, 1), (4, 2), (1, 8)]
 SMALL = ["was", "--d-ff", "64", "--num-heads", "2", "--batch-size", "16", "--steps", "30"]
 
-# ---- partition_specs, read off the shapes ----------------------------------------------------------------------------
+# ---- partition_specs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", [init_encoder_layer, init_decoder_layer])
 def test_heads_and_d_ff_are_split_and_nothing_else(init):
-    """The specs put "model" on the axis of length h or d_ff of each leaf that has one, in a layer and in a stack."""
+    """The axis of length h or d_ff of a leaf is split over "model", in a layer, a stack, and Adam's moments."""
     layer = jax.eval_shape(lambda: init(jax.random.key(0), 6, 3, 5))  # the four axes d, h, k, f differ: 6, 3, 2, 5
     stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((7, *leaf.shape), leaf.dtype), layer)
 
@@ -35,7 +35,7 @@ def test_heads_and_d_ff_are_split_and_nothing_else(init):
         split = [axis for axis, size in enumerate(leaf.shape) if size in (3, 5)]
         return P(*[None] * split[0], "model") if split else P()
 
-    for tree in (layer, stack, {"model": stack, "moments": {"mean": layer}}):
+    for tree in (layer, stack, {"model": stack, "moments": {"m": layer}}):
         assert main.partition_specs(tree) == jax.tree.map(expected, tree)
         assert jax.tree.structure(main.partition_specs(tree)) == jax.tree.structure(tree)
 
@@ -50,13 +50,13 @@ def outputs(params, x, y):
 
 
 def loss(params, x, y):
-    """A number that depends on both outputs in every element."""
+    """A number that depends on every element of both outputs."""
     return sum((weight * output).sum() for weight, output in zip((x, y), outputs(params, x, y), strict=True))
 
 
 @functools.cache
 def programs(shape):
-    """Compiled on 8 devices as a mesh of that shape: the outputs and the gradient, and their inputs in place."""
+    """Outputs and gradient, compiled for a mesh of this shape, and their inputs, placed on it."""
     with jax.enable_x64(True):
         params = {
             "encoder": random_params(init_encoder, 2, 16, 8, 32, seed=1),
@@ -77,7 +77,7 @@ def programs(shape):
 @many_devices
 @pytest.mark.parametrize("shape", MESHES)
 def test_many_devices_give_the_numbers_of_one(shape):
-    """Encoder and decoder stacks on 8 devices, forward and gradient, are the single-device numbers, in float64."""
+    """Outputs and gradients of encoder and decoder on 8 devices equal those on one device, in float64."""
     (*one_device, inputs), (*many, placed) = programs((1, 1)), programs(shape)
     for program, expected in zip(many, one_device, strict=True):
         for a, b in zip(jax.tree.leaves(program(*placed)), jax.tree.leaves(expected(*inputs)), strict=True):
@@ -87,7 +87,7 @@ def test_many_devices_give_the_numbers_of_one(shape):
 @many_devices
 @pytest.mark.parametrize("shape", MESHES)
 def test_each_device_holds_its_share_of_the_parameters(shape):
-    """Each device holds 1/N of the split leaves and all of the few others (7% here, by the small d_model)."""
+    """Each device holds 1/N of the split leaves, and all of the others (7% here, because d_model is small)."""
     leaves = jax.tree.leaves(programs(shape)[2][0])
     held = dict.fromkeys(jax.devices("cpu")[:8], 0)
     for leaf in leaves:
@@ -100,9 +100,9 @@ def test_each_device_holds_its_share_of_the_parameters(shape):
 @many_devices
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
-    """The HLO of a forward pass has one all-reduce for each sub-layer, 2 and 3, and none where nothing is split.
+    """The forward pass has one all-reduce for each sub-layer, 2 and 3, and none if no parameters are split.
 
-    Neither it nor the gradient has another collective: no weight is gathered. The gradient is summed over "data".
+    Neither it nor the gradient has another collective, so no weight is gathered. The gradient is summed over "data".
     """
     forward, gradient, _ = programs(shape)
 
@@ -119,7 +119,7 @@ def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
 
 
 def start(*arguments, devices=1, **environment):
-    """main.py as a subprocess with that many virtual devices."""
+    """Starts main.py as a subprocess with this many virtual devices."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     environment = {
         **os.environ,
@@ -133,7 +133,7 @@ def start(*arguments, devices=1, **environment):
 
 
 def finished(*processes):
-    """What processes printed, once all have ended well."""
+    """Waits for the processes to succeed, and returns what they printed."""
     try:
         outputs = [process.communicate(timeout=180) for process in processes]
     finally:
@@ -145,8 +145,8 @@ def finished(*processes):
 
 @pytest.fixture(scope="session")
 def two_processes():
-    """The outputs of main.py as two processes of two devices each, which meet as those that Slurm's srun starts."""
-    with socket.socket() as listener:  # a Slurm job finds its port by its number: here one that nobody listens on
+    """The outputs of main.py as two processes of two devices each, started with Slurm's variables, like `srun`."""
+    with socket.socket() as listener:  # JAX derives the port from the number of the Slurm job: use a free one
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     slurm = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
@@ -159,18 +159,18 @@ def two_processes():
 
 
 def losses(output):
-    """The losses of a run, as shown after every sixth of the steps."""
+    """The losses that a run prints."""
     return [float(loss) for loss in re.findall(r"^step +\d+  loss +([\d.]+)", output, re.MULTILINE)]
 
 
 def test_two_processes_learn_the_same(monkeypatch, capsys, two_processes):
-    """Two processes of two devices, which share each layer, show the losses of this process with all its devices."""
+    """Two processes of two devices, which share each layer, have the losses of one process with all its devices."""
     monkeypatch.setattr(sys, "argv", ["main.py", *SMALL])
     main.main()
     assert losses(two_processes[0]) == pytest.approx(losses(capsys.readouterr().out), abs=2e-3)
 
 
 def test_process_0_alone_prints(two_processes):
-    """Of two processes, the other one writes nothing of the program's."""
+    """The other process prints nothing."""
     assert two_processes[0].count("4. Result") == 1
     assert not re.search(r"^\d\. |^step|^params", two_processes[1], re.MULTILINE)

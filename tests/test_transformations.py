@@ -33,7 +33,7 @@ def transformer(params, source, target, mask=None, **options):
 COMPILED = jax.jit(transformer, static_argnames="attention")
 EXPECTED = functools.cache(lambda: np.asarray(COMPILED(PARAMS, SOURCE, TARGET, MASK)))
 
-# ---- Transformations -----------------------------------------------------------------------------------------------
+# ---- Transformations -------------------------------------------------------------------------------------------------
 
 
 def test_vmap_over_the_batch():
@@ -80,7 +80,7 @@ def test_new_values_do_not_compile_again():
     assert len(traces) == 1
 
 
-# ---- Dtypes --------------------------------------------------------------------------------------------------------
+# ---- Dtypes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -125,7 +125,7 @@ def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype, name):
         assert set(matrix_products(function, *3 * [inputs[1]])) == {(name, name, "f32")}
 
 
-# ---- Meshes of devices ---------------------------------------------------------------------------------------------
+# ---- Meshes of devices -----------------------------------------------------------------------------------------------
 
 
 def on_a_mesh(function, kind, spec, *inputs):
@@ -151,7 +151,7 @@ def test_attention_on_a_mesh(attention, kind):
         np.testing.assert_allclose(actual, exact, atol=2e-6)
 
 
-# ---- Extreme contents and shapes -----------------------------------------------------------------------------------
+# ---- Extreme contents and shapes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])

@@ -1,21 +1,20 @@
-"""Writes golden.npz beside this file: what PyTorch's attention and Transformer layers compute, for ../test_pytorch.py.
+"""Writes golden.npz: outputs and gradients of PyTorch's attention and Transformer layers, for ../test_pytorch.py.
 
     pip install torch==2.13.0
     python tests/data/make_golden.py
 
-Nothing else in the project needs torch. Run twice, it writes the same bytes. The arrays are named as torch names them,
-and are in torch's conventions, not in those of this project:
+Nothing else in the project needs torch. Every run writes the same bytes. Names and conventions are torch's:
 
     CASE/num_heads                 for example encoder_padded/num_heads
-    CASE/inputs/ARGUMENT           the positional arguments of the module; of self-attention the one array x
+    CASE/inputs/ARGUMENT           the positional arguments of the module; for self-attention one array x
     CASE/masks/ARGUMENT            its keyword arguments; True = may NOT attend
     CASE/weights/PARAMETER         weight matrices are (out, in)
     CASE/output
-    CASE/output_weights            the gradients are those of sum(output * output_weights)
-    CASE/gradients/NAME            with respect to each input and each weight
+    CASE/output_weights            random weights of the output
+    CASE/gradients/NAME            of sum(output * output_weights), for each input and each weight
 
-Everything is computed in float64. Inputs and weights are float32 numbers, so that a computation in float32 starts from
-exactly the same values.
+Everything is computed in float64. Inputs and weights are float32 numbers, so a computation in float32 starts from the
+same values.
 """
 
 from pathlib import Path
@@ -42,17 +41,17 @@ def causal(length):
 
 
 def arbitrary(*shape):
-    """A mask that forbids four in ten keys, but never key 0: for a query that may attend to nothing torch gives NaN."""
+    """A mask of four in ten keys, but never key 0, because torch gives NaN for fully masked queries."""
     mask = torch.rand(shape, generator=GENERATOR) < 0.4
     mask[..., 0] = False
     return mask
 
 
 def randomize(module):
-    """Every weight of the module is drawn at random, and none is left at 0 or 1, where a mistake would not show.
+    """Replaces every weight by random numbers, because zeros and ones would not reveal a mistake.
 
-    But the attention biases of the layers: the paper has none, and a layer of torch has them or loses, with
-    `bias=False`, those of its feed-forward network and layer norms too. They become zeros that are not trained.
+    Except for attention biases, which become constant zeros: the paper has none, and `bias=False` would also remove the
+    biases of a layer's feed-forward network and layer norms.
     """
     for name, weight in module.named_parameters():
         if name.endswith(("in_proj_bias", "out_proj.bias")):
@@ -65,7 +64,7 @@ def randomize(module):
 
 
 def record(case, module, num_heads, inputs, **masks):
-    """The arrays of one case, by name. In training mode, and with gradients, torch takes no fast path."""
+    """The arrays of one case, by name. In training mode, torch takes no fast path."""
     randomize(module)
     weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     arguments = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -86,12 +85,12 @@ def record(case, module, num_heads, inputs, **masks):
 
 
 def attention(d_model, num_heads):
-    """torch's multi-head attention, which without bias is the paper's."""
+    """torch's multi-head attention, without bias as in the paper."""
     return torch.nn.MultiheadAttention(d_model, num_heads, bias=False, batch_first=True, dtype=torch.float64)
 
 
 def layer(kind, d_model, num_heads, d_ff):
-    """An encoder or decoder layer of torch with the paper's choices: norm after each sub-layer, and ReLU."""
+    """An encoder or decoder layer of torch, with post-norm and ReLU as in the paper."""
     return kind(
         d_model,
         num_heads,
@@ -106,8 +105,8 @@ def layer(kind, d_model, num_heads, d_ff):
 
 
 def main():
-    """One call of `record` for each case; the sizes differ wherever a mix-up of two axes could otherwise hide."""
-    torch.set_num_threads(1)  # with more, the order of a sum and so its last digit depend on the machine
+    """Records each case. Sizes differ, so that mixing up two axes shows."""
+    torch.set_num_threads(1)  # otherwise the order of sums, and so the last digit, depends on the machine
     encoder, decoder = torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer
     arrays = {
         **record(
