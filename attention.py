@@ -158,7 +158,8 @@ def _backward(causal, saved, d_output):
 
     zeros = tuple(jnp.zeros_like(x, dtype=dtype) for x in (query, key.mT, value.mT))
     d_query, d_key, d_value = jax.lax.fori_loop(0, len(query), add_row, zeros)
-    return d_query.astype(query.dtype), d_key.mT.astype(key.dtype), d_value.mT.astype(value.dtype), None
+    d_key, d_value = d_key.mT.astype(key.dtype), d_value.mT.astype(value.dtype)
+    return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
