@@ -25,7 +25,7 @@ def causal_mask(length):
 
 
 def padding_mask(lengths, max_length):
-    """Lets each query attend only to the first `lengths` keys. The remaining keys are padding.
+    """Lets each query attend only to the first `lengths` keys.
 
     lengths (...,), one integer per sequence -> boolean mask (..., 1, 1, max_length). The two axes of length 1 broadcast
     over heads and queries; for arrays without a head axis, use `mask[..., 0, :, :]`.
@@ -38,13 +38,13 @@ def padding_mask(lengths, max_length):
 
 
 def attention_weights(query, key, mask=None, *, causal=False):
-    """The softmax in Equation 1: softmax(Q K^T / sqrt(d_k)). Each row is a distribution over the keys.
+    """The weights of Equation 1: softmax(Q K^T / sqrt(d_k)). Each row is a distribution over the keys.
 
     query (..., n, k), key (..., m, k), mask broadcasting to (..., n, m) -> weights (..., n, m), in at least float32.
     Masked keys get weight 0; a fully masked query gets a row of zeros. `causal=True` masks like `causal_mask(n)` and
-    requires n = m. It is a flag so that `flash_attention` can skip future keys.
-    Raises TypeError for inputs that are not floating point or a mask that is not boolean, and ValueError for shapes
-    that do not match.
+    requires n = m. It is a flag, not a mask, so that `flash_attention` can skip future keys.
+    Raises TypeError for inputs that are not floating point, a mask that is not boolean, or a `causal` that is not a
+    Python bool, and ValueError for shapes that do not match.
     """
     query, key, _, mask = _checked(query, key, key, mask, causal)  # no value here, so check key twice
     n, d_k = query.shape[-2:]
@@ -70,9 +70,9 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 # ---- FlashAttention --------------------------------------------------------------------------------------------------
 
-# The functions above are the complete algorithm. The rest of this file is efficiency: the same numbers without the
-# n x m matrix. The next four functions handle one head, cut into blocks. In their shapes, n and m are the sizes of a
-# block of queries and a block of keys. `flash_attention` cuts the blocks and maps over heads and batch.
+# The functions above are the complete algorithm. The rest of this file is efficiency: the same result without the n x m
+# matrix. The next four functions handle one head, cut into blocks; their n and m are the sizes of a query block and a
+# key block. `flash_attention` cuts the blocks and maps over batch and heads.
 
 
 def _block_scores(query, key, mask, causal, i, j):
@@ -82,7 +82,7 @@ def _block_scores(query, key, mask, causal, i, j):
     """
     dtype = at_least_float32(query, key)
     scores = jnp.einsum("nk,mk->nm", query[i], key[j], preferred_element_type=dtype) / math.sqrt(query.shape[-1])
-    mask = mask[i % mask.shape[0], :, j]  # i % 1 = 0: the only block of a mask that is the same for all queries
+    mask = mask[i % mask.shape[0], :, j]  # a mask shared by all queries has one block, and i % 1 = 0
     if causal:
         n, m = scores.shape
         mask &= j * m + jnp.arange(m) <= i * n + jnp.arange(n)[:, None]
@@ -90,55 +90,54 @@ def _block_scores(query, key, mask, causal, i, j):
 
 
 def _forward(query, key, value, mask, causal):
-    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and what `_backward` needs.
+    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and the residuals for `_backward`.
 
-    For a query with scores s_1, ..., s_m, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums can be computed
-    block by block. A large s_j would overflow, so both use exp(s_j - maximum) with the largest score so far, which
-    leaves the quotient unchanged. When a block raises the maximum, the running sums are rescaled by
-    exp(old maximum - new maximum).
+    For a query with scores s_j, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums are accumulated block by
+    block. Since exp(s_j) can overflow, both use exp(s_j - maximum) with the largest score so far; the quotient is the
+    same. When a block raises the maximum, the running sums are rescaled by exp(old maximum - new maximum).
     """
-    blocks, n, _ = query.shape
+    num_blocks, n, _ = query.shape
     dtype = at_least_float32(query, key, value)
 
-    def add_row(i, results):
+    def attend(i, results):
         def add_block(j, sums):
             maximum, denominator, weighted_sum = sums
             scores = _block_scores(query, key, mask, causal, i, j)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
             rescale = jnp.exp(maximum - new_maximum)
-            weights = jnp.exp(scores - new_maximum)
-            denominator = rescale * denominator + weights.sum(axis=-1, keepdims=True)
-            weights = weights.astype(value.dtype)  # rounded as in Equation 1
-            block_sum = jnp.einsum("nm,mv->nv", weights, value[j], preferred_element_type=dtype)
+            exponentials = jnp.exp(scores - new_maximum)
+            denominator = rescale * denominator + exponentials.sum(axis=-1, keepdims=True)
+            exponentials = exponentials.astype(value.dtype)  # as in `scaled_dot_product_attention`
+            block_sum = jnp.einsum("nm,mv->nv", exponentials, value[j], preferred_element_type=dtype)
             return new_maximum, denominator, rescale * weighted_sum + block_sum
 
         output, logsumexp = results
-        denominator, weighted_sum = jnp.zeros_like(logsumexp[i]), jnp.zeros_like(output[i], dtype=dtype)
-        sums = denominator - 3e38, denominator, weighted_sum  # a finite maximum: -infinity - -infinity is NaN
+        maximum = jnp.full_like(logsumexp[i], jnp.finfo(dtype).min)  # finite, because -infinity - -infinity is NaN
+        sums = maximum, jnp.zeros_like(logsumexp[i]), jnp.zeros_like(output[i], dtype=dtype)
         stop = i + 1 if causal else len(key)  # causal: skip the key blocks after i
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, add_block, sums)
         denominator = jnp.where(denominator == 0, 1, denominator)  # fully masked queries output 0 / 1
         output = output.at[i].set((weighted_sum / denominator).astype(value.dtype))
         return output, logsumexp.at[i].set(maximum + jnp.log(denominator))
 
-    # `jnp.zeros_like(query)` is distributed over devices like query; `jnp.zeros` is not.
-    output = jnp.zeros_like(query, shape=(blocks, n, value.shape[-1]), dtype=value.dtype)
-    logsumexp = jnp.zeros_like(query, shape=(blocks, n, 1), dtype=dtype)
+    # `jnp.zeros_like(query)` has query's sharding; `jnp.zeros` does not.
+    output = jnp.zeros_like(query, shape=(num_blocks, n, value.shape[-1]), dtype=value.dtype)
+    logsumexp = jnp.zeros_like(query, shape=(num_blocks, n, 1), dtype=dtype)
     # `fori_loop` compiles its body once. A Python loop would be unrolled, and every iteration compiled.
-    output, logsumexp = jax.lax.fori_loop(0, blocks, add_row, (output, logsumexp))
+    output, logsumexp = jax.lax.fori_loop(0, num_blocks, attend, (output, logsumexp))
     return output, (query, key, value, mask, output, logsumexp)
 
 
 def _backward(causal, saved, d_output):
-    """Algorithm 2 of FlashAttention-2: the gradients dQ, dK and dV, given the gradient dO of the output.
+    """Algorithm 2 of FlashAttention-2, with the loops of the forward pass: dQ, dK and dV, given dO.
 
-    The weights are recomputed: P = exp(scores - logsumexp). The gradients of the two products are dV = P^T dO and
-    dP = dO V^T, then dQ = dS K / sqrt(d_k) and dK = dS^T Q / sqrt(d_k). The gradient of the softmax is
-    dS = P * (dP - D) with D = rowsum(P * dP), which equals rowsum(dO * O) and needs no n x m matrix.
+    The weights are recomputed: P = exp(scores - logsumexp). For the second product, dV = P^T dO and dP = dO V^T. The
+    gradient with respect to Q K^T is dS = P * (dP - D) / sqrt(d_k), where D = rowsum(P * dP) equals rowsum(dO * O) and
+    needs no n x m matrix. Then dQ = dS K and dK = dS^T Q.
     """
     query, key, value, mask, output, logsumexp = saved
     dtype = logsumexp.dtype
-    row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]  # D; i: blocks
+    row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]  # D of each block i
 
     def add_block(i, j, gradients):
         d_query, d_key, d_value = gradients
@@ -152,12 +151,12 @@ def _backward(causal, saved, d_output):
         d_value = d_value.at[j].add(jnp.einsum("nm,nv->vm", weights, d_output[i], preferred_element_type=dtype))
         return d_query, d_key, d_value
 
-    def add_row(i, gradients):
+    def add_query_block(i, gradients):
         stop = i + 1 if causal else len(key)
         return jax.lax.fori_loop(0, stop, functools.partial(add_block, i), gradients)
 
     zeros = tuple(jnp.zeros_like(x, dtype=dtype) for x in (query, key.mT, value.mT))
-    d_query, d_key, d_value = jax.lax.fori_loop(0, len(query), add_row, zeros)
+    d_query, d_key, d_value = jax.lax.fori_loop(0, len(query), add_query_block, zeros)
     d_key, d_value = d_key.mT.astype(key.dtype), d_value.mT.astype(value.dtype)
     return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
 
@@ -190,10 +189,10 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     """Equation 1 computed block by block: FlashAttention-2 (arXiv 2307.08691).
 
     Arguments, result and errors are as in `scaled_dot_product_attention`. Memory is linear in n and m, except for a
-    mask with n rows. `causal=True` also halves the work, because it skips the blocks above the diagonal. A block has at
-    most block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU.
-    Not supported: `jax.jvp`, and the gradient of a causal gradient. Use `scaled_dot_product_attention` there.
-    Also raises ValueError if block_size is not an int of at least 1.
+    mask with n rows. `causal=True` skips the blocks above the diagonal, about half the work. A block has at most
+    block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU. Not supported: `jax.jvp`, and
+    the gradient of a causal gradient. Use `scaled_dot_product_attention` instead.
+    Also raises ValueError if block_size is not a Python int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     if not isinstance(block_size, int) or block_size < 1:
@@ -214,7 +213,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
 
 def at_least_float32(*arrays):
-    """The dtype for sums over these arrays: float64 if any of them is float64, otherwise float32."""
+    """The accumulation dtype for these arrays: float64 if any of them is float64, otherwise float32."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
@@ -243,7 +242,8 @@ def _checked(query, key, value, mask, causal):
     if value.shape[-2] != m:
         raise ValueError(f"key and value must have the same length m, got {m} and {value.shape[-2]}")
     try:
-        shape = (*jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]), n, m)
+        shape = (*jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2]), n, m)
+        jnp.broadcast_shapes(shape[:-2], value.shape[:-2])
     except ValueError:
         shapes = ", ".join(str(x.shape) for x in (query, key, value))
         raise ValueError(f"the leading axes of query, key and value must broadcast, got shapes {shapes}") from None

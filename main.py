@@ -1,10 +1,9 @@
-"""The whole Transformer of "Attention Is All You Need" (Figure 1): the model, its training and its use.
+"""The whole Transformer of "Attention Is All You Need" (Figure 1): the model, its training and a program to run it.
 
     python main.py [TEXT]
 
 prints the parameters, runs a jitted forward pass, trains the model to reverse strings, reverses TEXT, and draws what
-the decoder attends to. The first half of this file is the model and its training; the second half is the program. The
-axes, in shapes and einsum strings:
+the decoder attends to. The model and its training come first, then the program. The axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
@@ -30,7 +29,7 @@ START = 0  # the token that begins every target
 SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # token i is SYMBOLS[i]: START, then printable ASCII
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
 LABEL_SMOOTHING = 0.1  # section 5.4
-AVERAGED_STEPS = 50  # section 6.1 averages the last checkpoints
+AVERAGED_STEPS = 100  # section 6.1: average the parameters of the last steps
 
 # ---- The model: Figure 1, sections 3.4 and 3.5 -----------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ def init_model(rng, vocab_size, num_layers, d_model, num_heads, d_ff):
 def embed(params, tokens):
     """Sections 3.4 and 3.5: Embedding(tokens) sqrt(d_model) + PE. tokens (..., n) integers -> (..., n, d).
 
-    JAX does not check tokens: it clamps those beyond the vocabulary, and counts negative ones from the end.
+    Tokens outside the vocabulary raise no error: JAX clamps large ones and counts negative ones from the end.
     """
     embedding, tokens = jnp.asarray(params["embedding"]), jnp.asarray(tokens)
     length, d_model = tokens.shape[-1], embedding.shape[-1]
@@ -72,8 +71,8 @@ def embed(params, tokens):
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
     """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s). Position i predicts token i + 1.
 
-    mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. options are those that
-    `encoder` and `decoder` share: attention and dropout_rate. Unlike in section 5.4, embeddings have no dropout.
+    mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. Options are attention and
+    dropout_rate, as in `encoder_layer`. Unlike in section 5.4, embeddings have no dropout.
     """
     rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
     memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
@@ -83,61 +82,63 @@ def model(params, source, target, mask=None, *, dropout_rng=None, **options):
 
 
 def shift_right(target):
-    """Section 3.1: the outputs shifted right by one: START, then all tokens but the last. (..., n) -> (..., n)."""
+    """Section 3.1: shifts the targets right by one: START, then all tokens but the last. (..., n) -> (..., n)."""
     return jnp.roll(jnp.asarray(target), 1, axis=-1).at[..., 0].set(START)
 
 
 def generate(params, source):
-    """Greedy decoding: each token is the most likely one after those before it. source (..., m) -> target (..., m).
+    """Greedy decoding: each token is the most likely one, given the tokens before it. (..., m) -> target (..., m).
 
-    The encoder runs once. A step runs the decoder on one position, whose self-attention reads the keys and values of
-    earlier positions from a KV cache. Use it under `jax.jit`; outside, every call compiles it again.
+    The encoder runs once. Each step decodes one position; its self-attention reads earlier keys and values from a KV
+    cache. Use it under `jax.jit`; outside, every call compiles it again.
     """
     source = jnp.asarray(source)
     memory = encoder(params["encoder"], embed(params, source))
-    num_layers, _, num_heads, d_k = params["decoder"]["self_attention"]["key"].shape
-    cache = jnp.zeros((num_layers, 2, *source.shape[:-1], num_heads, source.shape[-1], d_k), memory.dtype)
+    num_layers, _, num_heads, d_k = params["decoder"]["self_attention"]["query"].shape
+    length = source.shape[-1]
+    cache = jnp.zeros((num_layers, 2, *source.shape[:-1], num_heads, length, d_k), memory.dtype)  # 2: keys and values
 
-    def write(i, target_and_cache):
+    def step(i, target_and_cache):
         target, cache = target_and_cache
 
         def layer(x, params_and_cache):
-            layer_params, cache = params_and_cache
+            layer_params, layer_cache = params_and_cache
 
-            # The second use of `attention` as an argument: it adds to the keys and values, and returns them.
+            # The second use of `attention` as an argument: this one keeps the keys and values of earlier positions.
             def cached_attention(query, key, value, mask=None, *, causal=False):
-                nonlocal cache
-                if causal:  # self-attention: this position attends to positions up to i
-                    cache = cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
-                    (key, value), mask = cache, jnp.arange(source.shape[-1]) <= i
+                nonlocal layer_cache
+                if causal:  # self-attention, of position i
+                    layer_cache = layer_cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
+                    key, value = layer_cache
+                    mask = jnp.arange(length) <= i
                 return scaled_dot_product_attention(query, key, value, mask)
 
             x = decoder_layer(layer_params, x, memory, attention=cached_attention)
-            return x, cache
+            return x, layer_cache
 
         x = embed(params, shift_right(target))[..., i, None, :]
         x, cache = jax.lax.scan(layer, x, (params["decoder"], cache))
         logits = jnp.einsum("...d,sd->...s", x[..., 0, :], params["embedding"])
-        token = logits.at[..., START].set(-jnp.inf).argmax(axis=-1)  # START itself is never written
+        token = logits.at[..., START].set(-jnp.inf).argmax(axis=-1)  # never generate START
         return target.at[..., i].set(token.astype(target.dtype)), cache
 
-    return jax.lax.fori_loop(0, source.shape[-1], write, (jnp.zeros_like(source), cache))[0]
+    return jax.lax.fori_loop(0, length, step, (jnp.zeros_like(source), cache))[0]
 
 
 def cross_attention_weights(params, source, target):
     """The cross-attention weights of the last decoder layer. (..., m), (..., n) tokens -> (..., h, n, m)."""
+    memory = encoder(params["encoder"], embed(params, source))
 
     def layer(x, layer_params):
-        weights = {}
+        recorded = []
 
         def recording_attention(query, key, value, mask=None, *, causal=False):
-            weights["self" if causal else "cross"] = attention_weights(query, key, mask, causal=causal)
+            recorded.append(attention_weights(query, key, mask, causal=causal))
             return scaled_dot_product_attention(query, key, value, mask, causal=causal)
 
         x = decoder_layer(layer_params, x, memory, attention=recording_attention)
-        return x, weights["cross"]  # which scan stacks, layer by layer
+        return x, recorded[-1]  # cross-attention comes last; scan stacks the weights of all layers
 
-    memory = encoder(params["encoder"], embed(params, source))
     return jax.lax.scan(layer, embed(params, shift_right(target)), params["decoder"])[1][-1]
 
 
@@ -166,9 +167,9 @@ def init_adam(params):
 
 
 def adam(params, moments, gradient, step, rate):
-    """One step of Adam (arXiv 1412.6980, algorithm 1), for step 1, 2, ...: the new parameters and moments.
+    """One step of Adam (arXiv 1412.6980, algorithm 1). Steps count from 1. Returns the new parameters and moments.
 
-    They keep their dtypes. float16 is not supported: EPSILON underflows in it.
+    All keep their dtypes. float16 is not supported: EPSILON underflows in it.
     """
     m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments["m"], gradient)
     v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g**2, moments["v"], gradient)
@@ -180,9 +181,9 @@ def adam(params, moments, gradient, step, rate):
 
 
 def train_step(params, moments, step, source, target, warmup_steps):
-    """One training step, for step 1, 2, ...: the new parameters and moments, and the loss before the step.
+    """One training step. Steps count from 1. Returns the new parameters and moments, and the loss before the step.
 
-    params and moments as `init_model` and `init_adam` return them; source (..., m) and target (..., n) tokens.
+    params from `init_model`, moments from `init_adam`; source (..., m) and target (..., n) tokens.
     """
     value, gradient = jax.value_and_grad(loss)(params, source, target)
     rate = learning_rate(step, params["embedding"].shape[-1], warmup_steps)
@@ -190,7 +191,7 @@ def train_step(params, moments, step, source, target, warmup_steps):
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean. Adds the count-th parameters to the mean of the previous count - 1."""
+    """Section 6.1: the running mean. Updates the mean of count - 1 sets of parameters with the count-th set."""
     return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
 
 
@@ -217,7 +218,7 @@ def partition_specs(params):
 
 
 def random_strings(generator, batch_size, length):
-    """Tokens (batch_size, length) of random strings with at most 8 different symbols. generator is NumPy's.
+    """Random strings, as tokens (batch_size, length), each with at most 8 symbols. generator: a numpy.random.Generator.
 
     Symbols repeat, so the previous symbol does not determine the next, and the model must look at positions.
     """
@@ -226,12 +227,12 @@ def random_strings(generator, batch_size, length):
 
 
 def task(strings):
-    """What the model learns: the reversed strings. Tokens (..., n) -> (..., n)."""
+    """The targets: the reversed strings. Tokens (..., n) -> (..., n)."""
     return strings[..., ::-1]
 
 
 def as_text(tokens):
-    """Tokens (n,) -> the string they stand for."""
+    """Tokens (n,) -> string."""
     return "".join(SYMBOLS[token] for token in tokens)
 
 
@@ -239,22 +240,22 @@ def as_text(tokens):
 
 
 def parse_arguments():
-    """Parses the command line and joins the other processes. Returns the arguments and the mesh of all devices."""
+    """Parses the command line, joins the other processes, and returns the arguments and the mesh of all devices."""
     parser = argparse.ArgumentParser(
         description="Initialize a Transformer, run it, train it to reverse strings, then reverse TEXT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("text", metavar="TEXT", nargs="*", default=["attention is all you need"], help="in quotes")
-    parser.add_argument("--num-layers", type=int, default=2, help="layers N of the encoder, and of the decoder")
-    parser.add_argument("--num-heads", type=int, default=4, help="attention heads h, a divisor of --d-model")
-    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model, an even number")
+    parser.add_argument("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
+    parser.add_argument("--num-heads", type=int, default=4, help="number h of attention heads, must divide --d-model")
+    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model, must be even")
     parser.add_argument("--d-ff", type=int, default=128, help="inner dimension of the feed-forward network")
-    parser.add_argument("--batch-size", type=int, default=16, help="strings in a training step")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
-    parser.add_argument("--warmup-steps", type=int, default=400, help="steps in which the learning rate grows")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
-    parser.add_argument("--model-parallel", type=int, default=1, help="devices that share the heads of a layer")
-    parser.add_argument("--distributed", action="store_true", help="join the processes that mpirun or srun started")
+    parser.add_argument("--batch-size", type=int, default=16, help="strings per training step")
+    parser.add_argument("--steps", type=int, default=300, help="number of training steps")
+    parser.add_argument("--warmup-steps", type=int, default=400, help="steps of learning rate warm-up (Equation 3)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--model-parallel", type=int, default=1, help="devices that split heads and d_ff")
+    parser.add_argument("--distributed", action="store_true", help="join the processes started by mpirun or srun")
     arguments = parser.parse_args()
 
     def require(condition, message):
@@ -277,16 +278,18 @@ def parse_arguments():
             jax.distributed.initialize()
         except ValueError:
             parser.error("--distributed needs a launcher that JAX knows, such as mpirun or srun")
-    devices, parts, batch_size = jax.device_count(), arguments.model_parallel, arguments.batch_size
+    devices, model_parallel, batch_size = jax.device_count(), arguments.model_parallel, arguments.batch_size
     for name, size in (("the number of devices", devices), ("--num-heads", num_heads), ("--d-ff", arguments.d_ff)):
-        require(size % parts == 0, f"--model-parallel must divide {name}, got {parts} and {size}")
-    shares = devices // parts
-    require(batch_size % shares == 0, f"--batch-size must be a multiple of {shares} on this mesh, got {batch_size}")
-    return arguments, jax.make_mesh((shares, parts), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        require(size % model_parallel == 0, f"--model-parallel must divide {name}, got {model_parallel} and {size}")
+    data_parallel = devices // model_parallel
+    message = f"--batch-size must be a multiple of {data_parallel} (devices / --model-parallel), got {batch_size}"
+    require(batch_size % data_parallel == 0, message)
+    mesh = jax.make_mesh((data_parallel, model_parallel), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return arguments, mesh
 
 
 def show_attention(before, after, text, output):
-    """Prints attention weights (n, m) before and after training as heat maps, side by side if 80 columns allow."""
+    """Prints attention weights (n, m) before and after training, side by side if they fit in 80 columns."""
     shades = " ░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else " .:*#"
     maps = []
     for title, weights in (("before training", before), ("after training", after)):
@@ -294,19 +297,19 @@ def show_attention(before, after, text, output):
         rows = ["".join(shades[level] for level in row) for row in levels]
         maps.append([title, f"  {text}", *(f"{symbol} {row}" for symbol, row in zip(output, rows, strict=True))])
     width = max(len(text) + 2, len("before training")) + 4
-    together = zip(*maps, strict=True) if 2 * width <= 84 else ((line, "") for lines in maps for line in lines)
+    together = zip(*maps, strict=True) if 2 * width - 4 <= 80 else ((line, "") for lines in maps for line in lines)
     for left, right in together:
         print(f"{left:<{width}}{right}".rstrip())
 
 
 def main():
-    """Parses the command line and prints the five parts."""
+    """Runs the program: prints its five parts."""
     arguments, mesh = parse_arguments()
     if jax.process_index():  # process 0 alone prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     text, steps, batch_size = arguments.text, arguments.steps, arguments.batch_size
     generator = np.random.default_rng(arguments.seed)
-    held_out = random_strings(generator, batch_size, len(text))  # the test strings; the first one is TEXT
+    held_out = random_strings(generator, batch_size, len(text))  # test strings; the first is TEXT
     held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
     answers = task(held_out)
 
@@ -316,13 +319,13 @@ def main():
         return params, init_adam(params)
 
     replicated, batch_split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    state = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
-    train = jax.jit(train_step, out_shardings=(*state, replicated))
+    state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
+    train = jax.jit(train_step, out_shardings=(*state_shardings, replicated))
     write = jax.jit(generate, out_shardings=replicated)
     update_mean = jax.jit(average)
-    fast_compilation = {"xla_backend_optimization_level": 0}  # for what runs only once or twice
+    fast_compilation = {"xla_backend_optimization_level": 0}  # for programs that run once or twice
     weights_of = jax.jit(cross_attention_weights, out_shardings=replicated, compiler_options=fast_compilation)
-    params, moments = jax.jit(init, out_shardings=state, compiler_options=fast_compilation)()
+    params, moments = jax.jit(init, out_shardings=state_shardings, compiler_options=fast_compilation)()
     source, target = jax.device_put((held_out, answers), batch_split)
 
     print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
@@ -330,7 +333,7 @@ def main():
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
     print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
 
-    print("\n2. Forward pass: TEXT and random strings, one batch\n")
+    print("\n2. Forward pass: a batch of TEXT and random strings\n")
     print(f"source and target {source.shape!s:>16}\nlogits            {(*target.shape, len(SYMBOLS))!s:>16}")
     forward = jax.jit(model)
     for call in ("first call", "second call"):
@@ -339,7 +342,8 @@ def main():
         print(f"{call:<17} {(time.perf_counter() - start) * 1e3:13.2f} ms{'  (compiles)' * (call == 'first call')}")
 
     print("\n3. Training:", f"{steps} steps on random strings\n" if steps else "skipped (--steps 0)")
-    averaged, shown = min(steps, AVERAGED_STEPS), {i * steps // 6 for i in range(1, 7)}
+    averaged = min(steps, AVERAGED_STEPS)
+    printed = {i * steps // 6 for i in range(1, 7)}
     untrained = mean = params
     for step in range(1, steps + 1):
         strings = random_strings(generator, batch_size, len(text))
@@ -347,7 +351,7 @@ def main():
         params, moments, value = train(params, moments, step, *batch, arguments.warmup_steps)
         if step > steps - averaged:
             mean = update_mean(mean, params, step - (steps - averaged))
-        if step in shown:
+        if step in printed:
             written = np.asarray(write(params, source))
             accuracy = (written == answers).mean()
             print(f'step {step:>5}  loss {value:7.4f}  accuracy {accuracy:7.2%}  "{as_text(written[0])}"', flush=True)
@@ -359,7 +363,7 @@ def main():
     print(f"exact matches: {exact[0]} (final parameters)", end="")
     print(f", {exact[1]} (average of the last {averaged} steps)" if averaged > 1 else "")
 
-    print("\n5. Attention: what the last decoder layer reads, mean of its heads")
+    print("\n5. Attention: cross-attention of the last decoder layer, mean of its heads")
     print("   rows: output, columns: input; a fuller block means more attention\n")
     before, after = (np.asarray(weights_of(candidate, source, target))[0] for candidate in (untrained, mean))
     show_attention(before.mean(axis=0), after.mean(axis=0), text, as_text(answers[0]))

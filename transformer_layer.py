@@ -1,7 +1,8 @@
 """Multi-head attention, the encoder and decoder layers of Figure 1, and their stacks (arXiv 1706.03762).
 
 Everything with parameters comes as two functions: `init_x(rng, sizes)` returns a dict of arrays, and
-`x(params, inputs)` is a pure function of it. Shapes carry the configuration. The axes, in shapes and einsum strings:
+`x(params, inputs)` is a pure function of it, which reads all sizes from their shapes. The axes, in shapes and einsum
+strings:
 
     ...  any leading (batch) axes      d  d_model
     n    query positions               h  heads
@@ -49,7 +50,7 @@ def multi_head_attention(params, query, key, value, mask=None, *, causal=False, 
     head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
 
     query (..., n, d), key (..., m, d), value (..., m, d), mask broadcasting to (..., h, n, m) -> (..., n, d). Masks
-    (batch, n, m), one per sequence, need a head axis: `mask[:, None]`. If batch = h, omitting it raises no error.
+    (batch, n, m), one per sequence, need a head axis: `mask[:, None]`. Without it, h masks are read as one per head.
     `attention` is any function with the signature of `scaled_dot_product_attention`.
     """
     query = _matching("query", query, "n d", params["query"], "d h k")
@@ -125,7 +126,7 @@ def dropout(rng, x, rate):
 
 
 def init_encoder_layer(rng, d_model, num_heads, d_ff):
-    """The two sub-layers of an encoder layer, each with its layer norm, as a dict of dicts."""
+    """The parameters of an encoder layer: two sub-layers, each with its layer norm, as a dict of dicts."""
     rng_attention, rng_feed_forward = jax.random.split(rng)
     return {
         "self_attention": init_multi_head_attention(rng_attention, d_model, num_heads),
@@ -178,7 +179,7 @@ def decoder_layer(
     keys and values come from memory. No dropout if dropout_rng is None.
     """
     if not broadcasts_to(memory.shape[:-2], x.shape[:-2]):
-        raise ValueError(f"the leading axes of memory must broadcast to those of x, got {memory.shape} and {x.shape}")
+        raise ValueError(f"the leading axes of memory must broadcast to x's, got {memory.shape} and {x.shape}")
     rngs = (None, None, None) if dropout_rng is None else jax.random.split(dropout_rng, 3)
     sublayer = multi_head_attention(params["self_attention"], x, x, x, mask, causal=True, attention=attention)
     x = layer_norm(params["self_attention_norm"], x + dropout(rngs[0], sublayer, dropout_rate))
@@ -205,9 +206,9 @@ def _init_layers(init_layer, rng, num_layers, *sizes):
 def init_encoder(rng, num_layers, d_model, num_heads, d_ff):
     """N encoder layers: the dict of `init_encoder_layer`, with a leading layer axis on every array.
 
-    With Glorot weights alone, each sub-layer adds as much as the residual connection carries, and after a dozen layer
-    norms little is left of the tokens: six layers do not learn. So W^O and W_2, which write into the residual
-    connection, are divided by sqrt(2 N), as in GPT-2 ("Language Models are Unsupervised Multitask Learners", 2.3).
+    With Glorot weights alone, the output of each sub-layer is as large as its input. After a dozen layer norms, little
+    of the input remains, and six layers do not learn. So W^O and W_2, which write into the residual connection, are
+    divided by sqrt(2 N), as in GPT-2 ("Language Models are Unsupervised Multitask Learners", section 2.3).
     """
     return _init_layers(init_encoder_layer, rng, num_layers, d_model, num_heads, d_ff)
 
@@ -220,8 +221,8 @@ def init_decoder(rng, num_layers, d_model, num_heads, d_ff):
 def _scan_layers(layer, params, x, dropout_rng):
     """Applies the layers one after another: `for p, rng in layers: x = layer(p, x, dropout_rng=rng)`.
 
-    `jax.lax.scan(step, x, layers)` is this loop, compiled once for any number of layers. It slices the leading axis of
-    every array in `layers` and passes None through.
+    `jax.lax.scan(step, x, layers)` is this loop, compiled once for any number of layers. It iterates over the leading
+    axis of every array in `layers`; None stays None.
     """
     scale = params["feed_forward_norm"]["scale"]
     if scale.ndim != 2:
@@ -256,12 +257,12 @@ def decoder(params, x, memory, mask=None, memory_mask=None, *, dropout_rng=None,
 
 
 def _matching(name, x, axes, weight, weight_axes):
-    """Converts x to a floating-point array. Raises ValueError if it does not match the weight."""
+    """Returns x as an array, or raises an error if it is not floating point or does not match the weight."""
     x = as_floating(name, x)
     if weight.ndim != len(weight_axes.split()):
         raise ValueError(
             f"the weight applied to {name} must have the axes ({weight_axes}), got shape {weight.shape} "
-            "(with one more axis it is a stack of layers, for `encoder` or `decoder`)"
+            "(one axis more: a stack of layers, for `encoder` or `decoder`)"
         )
     if x.ndim < len(axes.split()) or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"{name} must end in the axes ({axes}) with d = {weight.shape[0]}, got shape {x.shape}")

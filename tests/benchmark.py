@@ -55,7 +55,7 @@ def race(contestants, rounds):
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, function in contestants.items():
-            wait(function())  # not counted: the first call after another contestant's is up to a fifth slower
+            wait(function())  # warm up: the first call after another contestant's is up to a fifth slower
             start = time.perf_counter()
             for _ in range(CALLS):
                 result = function()
@@ -142,7 +142,7 @@ def attention_table(batch, lengths, dtype, rounds):
 
 
 def torch_attention(kind, arguments):
-    """PyTorch's fused attention on the same numbers and device."""
+    """PyTorch's fused attention on the same inputs and device."""
     import torch
 
     tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in arguments]

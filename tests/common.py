@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 # Marks tests that need the 8 virtual CPU devices of conftest.py.
-many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="XLA_FLAGS asks for fewer than 8 CPU devices")
+many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices (XLA_FLAGS)")
 
 
 def arrays(*shapes, seed=0, dtype=jnp.float32):

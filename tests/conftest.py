@@ -1,7 +1,7 @@
 """Sets up JAX for the tests: the CPU with 8 virtual devices, and fast compilation.
 
-JAX reads these variables at import. Your own values take precedence: `JAX_PLATFORMS=cuda python -m pytest` runs on a
-GPU, and `XLA_FLAGS= python -m pytest` compiles with full optimization.
+Your own values of these variables take precedence: `JAX_PLATFORMS=cuda python -m pytest` runs on a GPU, and
+`XLA_FLAGS= python -m pytest` compiles with full optimization.
 """
 
 import os
@@ -12,10 +12,10 @@ os.environ["JAX_PLATFORMS"] = platforms if "cpu" in platforms else f"{platforms}
 # On a GPU, JAX multiplies float32 matrices in fewer bits by default.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
-import jax  # noqa: E402 - the variables above come first
+import jax  # noqa: E402 - JAX reads the variables above at import
 
-# The tests run small programs once, so favor compile time: it takes a third as long.
+# The tests run small programs once, so favor compile time: compilation takes a third of the time.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # XLA aborts on flags that it does not know, so only where it was tried
+if jax.__version_info__ < (0, 11):  # XLA aborts on unknown flags; this one was tested up to 0.10
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", f"{FLAGS} --xla_force_host_platform_device_count=8")

@@ -1,4 +1,4 @@
-"""The checks of README's exercises 6 to 10. They fail until the exercise is solved, and if it is solved wrongly.
+"""The checks of README's exercises 6 to 10. Each fails until its exercise is solved correctly.
 
     python -m pytest tests/exercises.py -k rotary -s
 
@@ -28,9 +28,10 @@ def test_gpt_continues_the_title_of_the_paper():
     """
     tokens = np.array([main.SYMBOLS.index(symbol) for symbol in "Attention Is All You Need"])
     params = jax.jit(lambda: main.init_gpt(jax.random.key(0), len(main.SYMBOLS), 1, 32, 1, 64))()
-    logits = jax.jit(main.gpt)(params, tokens)
+    gpt = jax.jit(main.gpt)
+    logits = gpt(params, tokens)
     assert logits.shape == (25, len(main.SYMBOLS))
-    np.testing.assert_allclose(jax.jit(main.gpt)(params, tokens[:10]), logits[:10], atol=1e-5)  # it is causal
+    np.testing.assert_allclose(gpt(params, tokens[:10]), logits[:10], atol=1e-5)  # it is causal
 
     correct = jax.nn.log_softmax(logits[:-1])[jnp.arange(24), tokens[1:]]
     np.testing.assert_allclose(jax.jit(main.gpt_loss)(params, tokens), -correct.mean(), rtol=1e-5)
@@ -42,7 +43,7 @@ def test_gpt_continues_the_title_of_the_paper():
     def write():
         written = tokens[:3]
         while len(written) < len(tokens):
-            written = np.append(written, np.argmax(main.gpt(params, written)[-1]))
+            written = np.append(written, np.argmax(gpt(params, written)[-1]))
         return main.as_text(written)
 
     moments = main.init_adam(params)
@@ -50,7 +51,7 @@ def test_gpt_continues_the_title_of_the_paper():
         params, moments = train_step(params, moments, step)
         if step in (1, 30, 100, 300):
             print(f'\nstep {step:>3}  "{write()}"', end="")
-    assert write() == main.as_text(tokens)  # a target that is off by one gives another text
+    assert write() == main.as_text(tokens)  # catches targets that are off by one
 
 
 # ---- 7. Rotary positions in attention.py (arXiv 2104.09864) ----------------------------------------------------------
@@ -60,7 +61,7 @@ def test_rotary_scores_depend_on_the_distance():
     """attention.rotary(x, start=0) rotates x (..., n, k), whose first position is `start`; for query and key alike.
 
     Which elements of x form a pair is free: neighbors as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
-    are those of section 3.5.
+    are as in section 3.5.
     """
     query, key = arrays((2, 5, 8), (2, 5, 8))
 

@@ -52,41 +52,27 @@ def test_masks_in_equation_1(masked, causal):
 
 
 @pytest.mark.parametrize("kind", ["causal", "padding", "full"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_agrees_with_jax_nn(kind, dtype):
-    """Plain and flash attention equal `jax.nn.dot_product_attention`, with every kind of mask and in three dtypes."""
-    inputs = arrays((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), dtype=dtype)
+def test_agrees_with_jax_nn(kind):
+    """Plain and flash attention equal `jax.nn.dot_product_attention`, with every kind of mask."""
+    inputs = arrays((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8))
     full = np.random.default_rng(1).random((2, 3, 9, 9)) < 0.5
-    full |= np.eye(9, dtype=bool)  # for fully masked rows, jax.nn averages over all keys; here they give zeros
+    full |= np.eye(9, dtype=bool)  # jax.nn averages over all keys in fully masked rows, so leave none
     mask, causal = {"causal": None, "padding": padding_mask(np.array([5, 9]), 9), "full": full}[kind], kind == "causal"
 
     @jax.jit
     def outputs(*inputs):
-        swapped = [x.swapaxes(1, 2) for x in inputs]  # jax.nn has positions before heads: (b, n, h, k)
-        if dtype == jnp.float16:  # which jax.nn does not support on the CPU
-            swapped = [x.astype(jnp.float32) for x in swapped]
+        swapped = (x.swapaxes(1, 2) for x in inputs)  # jax.nn has positions before heads: (b, n, h, k)
         reference = jax.nn.dot_product_attention(*swapped, mask=mask, is_causal=causal).swapaxes(1, 2)
         plain = scaled_dot_product_attention(*inputs, mask, causal=causal)
         return reference, plain, flash_attention(*inputs, mask, causal=causal, block_size=4)
 
     reference, *ours = outputs(*inputs)
-    # jax.nn rounds the weights to half precision: a few units in the last place of 1.
-    tolerance = 2e-6 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
     for output in ours:
-        assert output.dtype == dtype
-        np.testing.assert_allclose(output.astype(np.float32), reference.astype(np.float32), atol=tolerance)
-
-
-@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
-def test_shapes(lead):
-    """(..., n, k), (..., m, k), (..., m, v) -> weights (..., n, m) and output (..., n, v), for any leading axes."""
-    query, key, value = arrays((*lead, 4, 6), (*lead, 5, 6), (*lead, 5, 7))
-    assert jax.eval_shape(attention_weights, query, key).shape == (*lead, 4, 5)
-    assert jax.eval_shape(scaled_dot_product_attention, query, key, value).shape == (*lead, 4, 7)
+        np.testing.assert_allclose(output, reference, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision_rounds_the_weights_once(dtype):
+def test_half_precision_rounds_the_weights(dtype):
     """The weights are float32. They are rounded to the dtype of value; the product accumulates in float32."""
     query, key, value = arrays((8, 16), (8, 16), (8, 16), dtype=dtype)
     weights, output = weigh(query, key), attend(query, key, value)
@@ -94,11 +80,11 @@ def test_half_precision_rounds_the_weights_once(dtype):
     exact = equation_1(*(np.asarray(x, np.float64) for x in (query, key)), np.eye(8))
     np.testing.assert_allclose(weights, exact, rtol=2e-6)
     expected = np.asarray(weights.astype(dtype), np.float64) @ np.asarray(value, np.float64)
-    # A tie may round either way: one unit in the last place, plus float32 noise.
+    # One unit in the last place, because ties may round either way.
     np.testing.assert_allclose(output.astype(float), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (4, 5), (3, 1, 1), (3, 4, 5), (2, 1, 1, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (3, 1, 1), (2, 1, 1, 5), (2, 3, 4, 5)])
 @pytest.mark.parametrize("attention", [attend, functools.partial(flash_attention, block_size=3)])
 def test_masks_broadcast(attention, shape):
     """A mask of any shape that broadcasts to (..., n, m) equals the full mask."""
@@ -106,14 +92,6 @@ def test_masks_broadcast(attention, shape):
     mask = np.random.default_rng(2).random(shape) < 0.6
     expected = attend(query, key, value, np.broadcast_to(mask, (2, 3, 4, 5)))
     np.testing.assert_allclose(attention(query, key, value, mask), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_masks_combine():
-    """`mask & causal_mask` equals the mask with causal=True."""
-    query, key, value = arrays((2, 1, 4, 6), (2, 1, 4, 6), (2, 1, 4, 6))
-    mask = padding_mask(jnp.array([2, 4]), 4)
-    combined = attend(query, key, value, mask & causal_mask(4))
-    np.testing.assert_array_equal(combined, attend(query, key, value, mask, causal=True))
 
 
 def test_fully_masked_queries_have_zero_derivatives():
@@ -148,7 +126,7 @@ X = np.zeros((2, 4, 6), np.float32)
         (TypeError, r"mask must be boolean \(True: may attend\), got float32", (X, X, X, X[0, :, :4])),
         (ValueError, r"mask must broadcast to .* = \(2, 4, 4\), got shape \(3,\)", (X, X, X, np.ones(3, bool))),
         (ValueError, "mask must broadcast", (X, X, X, np.ones((1, 2, 4, 4), bool))),
-        (ValueError, "mask must broadcast", (X[:1], X[:1], X[:1], np.ones((2, 4, 4), bool))),
+        (ValueError, "mask must broadcast", (X[0], X[0], X, np.ones((2, 4, 4), bool))),
     ],
 )
 def test_bad_input(error, message, arguments):

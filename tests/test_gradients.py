@@ -1,4 +1,4 @@
-"""Derivatives of every public function against finite differences, in float64."""
+"""Derivatives against finite differences, in float64."""
 
 import functools
 
@@ -10,50 +10,41 @@ from jax.test_util import check_grads
 import main
 import transformer_layer as tl
 from attention import attention_weights, flash_attention, scaled_dot_product_attention
-from common import random_params
+from common import arrays, random_params
 
 N, M, D, H, F = 3, 4, 4, 2, 6
-PARAMS = functools.partial(random_params, seed=3)
-
-
-def draw(*shapes):
-    """Standard normal float64 arrays."""
-    generator = np.random.default_rng(0)
-    return [generator.standard_normal(shape) for shape in shapes]
-
-
-def mask_with_an_empty_row():
-    """(N, M), with row 1 fully masked."""
-    return np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], bool)
+MASK = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], bool)  # row 1 is fully masked
+FLASH = functools.partial(flash_attention, block_size=2)
+TOKENS = np.array([1, 0, 3])
 
 
 def cases():
     """name -> (function, its differentiable arguments)."""
-    x, memory, query, key, value, scale, bias = draw((N, D), (M, D), (N, 2), (M, 2), (M, 3), (D,), (D,))
-    mask = mask_with_an_empty_row()
-    flash = functools.partial(flash_attention, block_size=2)
-    tokens = np.array([1, 0, 3])
+    x, memory, query, key, value, scale, bias = arrays((N, D), (M, D), (N, 2), (M, 2), (M, 3), (D,), (D,))
     return {
-        "attention_weights": (lambda *qk: attention_weights(*qk, mask), (query, key)),
+        "attention_weights": (lambda *qk: attention_weights(*qk, MASK), (query, key)),
         "scaled_dot_product_attention": (
-            lambda *qkv: scaled_dot_product_attention(*qkv, mask),
+            lambda *qkv: scaled_dot_product_attention(*qkv, MASK),
             (query, key, value),
         ),
-        "flash_attention": (lambda *qkv: flash(*qkv, mask), (query, key, value)),
-        "flash_attention, causal": (lambda q, kv: flash(q, kv, kv, causal=True), (x, np.flip(x))),
+        "flash_attention": (lambda *qkv: FLASH(*qkv, MASK), (query, key, value)),
+        "flash_attention, causal": (lambda q, kv: FLASH(q, kv, kv, causal=True), (x, np.flip(x))),
         "multi_head_attention": (
-            lambda p, x, m: tl.multi_head_attention(p, x, m, m, mask),
-            (PARAMS(tl.init_multi_head_attention, D, H), x, memory),
+            lambda p, x, m: tl.multi_head_attention(p, x, m, m, MASK),
+            (random_params(tl.init_multi_head_attention, D, H), x, memory),
         ),
-        "feed_forward": (tl.feed_forward, (PARAMS(tl.init_feed_forward, D, F), x)),
+        "feed_forward": (tl.feed_forward, (random_params(tl.init_feed_forward, D, F, seed=3), x)),
         "layer_norm": (tl.layer_norm, ({"scale": scale, "bias": bias}, x)),
         "dropout": (lambda x: tl.dropout(jax.random.key(1), x, 0.5), (x,)),
         "decoder": (
-            lambda p, x, m: tl.decoder(p, x, m, memory_mask=mask),
-            (PARAMS(tl.init_decoder, 2, D, H, F), x, memory),
+            lambda p, x, m: tl.decoder(p, x, m, memory_mask=MASK),
+            (random_params(tl.init_decoder, 2, D, H, F, seed=3), x, memory),
         ),
         # The whole model. The gradient of the embedding comes from both inputs and from the logits.
-        "loss": (lambda p: main.loss(p, tokens, tokens[::-1]), (PARAMS(main.init_model, 5, 2, D, H, F),)),
+        "loss": (
+            lambda p: main.loss(p, TOKENS, TOKENS[::-1]),
+            (random_params(main.init_model, 5, 2, D, H, F, seed=3),),
+        ),
     }
 
 

@@ -47,7 +47,7 @@ def test_links_and_names():
     """Linked files exist, and the functions in the guided reading are defined in the source."""
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).is_file(), target
-    rows = re.findall(r"^\| (?:\d|Figure).*? \| (`.*?`) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (?:\d\.\d|Figure).*? \| (`.*?) \|", README, re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(names) >= 20
     for name in names:
@@ -55,7 +55,7 @@ def test_links_and_names():
 
 
 def test_the_python_blocks_run():
-    """Each block that ends in a comment has this result. `cudnn_attention` gives plain attention's numbers."""
+    """Each block that ends in a comment has this result. `cudnn_attention` gives plain attention's results."""
     names, results = {}, 0
     for text in BLOCKS["python"]:
         exec(text if jax.default_backend() == "gpu" else text.replace('"cudnn"', "None"), names)

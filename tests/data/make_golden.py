@@ -105,7 +105,7 @@ def layer(kind, d_model, num_heads, d_ff):
 
 
 def main():
-    """Records each case. Sizes differ, so that mixing up two axes shows."""
+    """Records each case. All sizes differ, so that swapped axes are detected."""
     torch.set_num_threads(1)  # otherwise the order of sums, and so the last digit, depends on the machine
     encoder, decoder = torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer
     arrays = {
