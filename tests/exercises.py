@@ -72,6 +72,8 @@ def test_rotary_scores_depend_on_the_distance():
     np.testing.assert_allclose(attention.rotary(query)[:, 3:], attention.rotary(query[:, 3:], 3), atol=1e-5)
     np.testing.assert_allclose(scores(7, 7), scores(0, 0), atol=1e-4)  # shifting all positions changes no score
     assert abs(scores(0, 7) - scores(0, 0)).max() > 0.1  # shifting only the keys does
+    for starts in ((0, 0), (7, 7), (0, 7)):
+        print(f"\nquery from {starts[0]}, keys from {starts[1]}: {np.round(scores(*starts)[0, 0], 3)}", end="")
     norms = (jnp.linalg.norm(x, axis=-1) for x in (attention.rotary(query, 3), query))
     np.testing.assert_allclose(*norms, rtol=1e-5)
     cosines = main.positional_encoding(5, 8)[:, 1::2]  # a pair (1, 1) rotated by t has the sum 2 cos(t)
@@ -97,6 +99,7 @@ def test_grouped_query_attention_equals_jax_nn():
         heads = jax.nn.dot_product_attention(query, key, value, mask=mask)
         expected = jnp.einsum("bnhv,hvd->bnd", heads, params["output"])
         np.testing.assert_allclose(tl.multi_head_attention(params, x, memory, memory, mask), expected, atol=1e-5)
+    print(f"\na KV cache of {2 * key.size} numbers instead of {2 * memory.size}", end="")
 
 
 # ---- 9. Beam search in main.py (section 6.1) -------------------------------------------------------------------------
