@@ -141,7 +141,7 @@ def transformer_layer():
 
 def learned_attention():
     """`python main.py` as an animation: the output, the cross-attention and the accuracy during training."""
-    text, batch_size, steps, warmup_steps = "attention is all you need", 16, 300, 400  # the defaults of main.py
+    text, batch_size, steps, warmup_steps = "attention is all you need", 16, 320, 400  # the defaults of main.py
     generator, extra = np.random.default_rng(0), np.random.default_rng(1)
     # The test strings of main.py come first, so that the training batches are the same as there. Then 16 more.
     source = np.concatenate([main.random_strings(g, batch_size, len(text)) for g in (generator, extra)])
@@ -150,8 +150,8 @@ def learned_attention():
     expected = main.as_text(target[0])
     init_model = jax.jit(main.init_model, static_argnums=(1, 2, 3, 4, 5))
     params = init_model(jax.random.key(0), len(main.SYMBOLS), 2, 64, 4, 128)
-    moments = main.init_adam(params)
-    train_step, generate = jax.jit(main.train_step), jax.jit(main.generate)
+    moments, mean = main.init_adam(params), params
+    train_step, generate, average = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.average)
     cross_attention_weights = jax.jit(main.cross_attention_weights)
 
     height = 6.2
@@ -190,13 +190,17 @@ def learned_attention():
         if step > 0:
             strings = main.random_strings(generator, batch_size, len(text))
             params, moments, _ = train_step(params, moments, step, strings, main.task(strings), warmup_steps)
-        if step % 6 == 0:
-            output = np.asarray(generate(params, source))
+        if step > steps - main.AVERAGED_STEPS:
+            mean = average(mean, params, step - (steps - main.AVERAGED_STEPS))
+        if step % 8 == 0:
+            shown = mean if step == steps else params  # the last frame shows the result
+            output = np.asarray(generate(shown, source))
             accuracies.append((step, (output == target).mean()))
             curve.set_data(*zip(*accuracies, strict=True))
-            weights = np.asarray(cross_attention_weights(params, source, target))[0].mean(axis=0)
+            weights = np.asarray(cross_attention_weights(shown, source, target))[0].mean(axis=0)
             image.set(data=weights, clim=(0, weights.max()))  # the largest weight is darkest, as in main.py
-            title.set_text(f"step {step:>3} of {steps}")
+            averaged = f"average of the last {main.AVERAGED_STEPS} steps"
+            title.set_text(averaged if step == steps else f"step {step:>3} of {steps}")
             for (background, letter), symbol, correct in zip(tiles, main.as_text(output[0]), expected, strict=True):
                 color = BLUE if symbol == correct else ORANGE
                 background.set_facecolor(LIGHT[color])

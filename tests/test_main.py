@@ -173,7 +173,7 @@ def test_the_default_run_reverses_a_text_it_never_saw(default_run):
     assert f'output  "{TEXT[::-1]}"\n' in default_run
     steps = re.findall(r'^step +\d+  loss +[\d.]+  accuracy +([\d.]+)%  ".{23}"$', default_run, re.MULTILINE)
     assert len(steps) == 6
-    pattern = r"^exact matches: (\d+)/16 \(final parameters\), (\d+)/16 \(average of the last 100 steps\)$"
+    pattern = r"^exact matches: (\d+)/16 \(final parameters\), (\d+)/16 \(average of the last 75 steps\)$"
     final, mean = map(int, re.search(pattern, default_run, re.MULTILINE).groups())
     assert mean >= max(final, 15)
     assert (final == 16) == (float(steps[-1]) == 100)  # all strings match if all characters do
@@ -242,7 +242,7 @@ def test_six_layers_learn(monkeypatch):
     """The paper's depth: six layers also learn to reverse every test string."""
     sizes = ["--num-layers", "6", "--num-heads", "1", "--d-model", "32", "--d-ff", "32", "--warmup-steps", "400"]
     output = run_here(monkeypatch, "ascii", "abc", *sizes, "--batch-size", "32", "--steps", "200")
-    assert "32/32 (average of the last 100 steps)" in output
+    assert "32/32 (average of the last 75 steps)" in output
 
 
 def test_a_closed_pipe():
