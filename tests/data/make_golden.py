@@ -3,7 +3,7 @@
     pip install torch==2.13.0
     python tests/data/make_golden.py
 
-Nothing else in the project needs torch. Every run writes the same bytes. Names and conventions are torch's:
+Nothing else in the project needs torch. On one machine, every run writes the same bytes. Names and conventions are torch's:
 
     CASE/num_heads                 for example encoder_padded/num_heads
     CASE/inputs/ARGUMENT           the positional arguments of the module; for self-attention one array x
@@ -91,72 +91,37 @@ def attention(d_model, num_heads):
 
 def layer(kind, d_model, num_heads, d_ff):
     """An encoder or decoder layer of torch, with post-norm and ReLU as in the paper."""
-    return kind(
-        d_model,
-        num_heads,
-        d_ff,
-        dropout=0.0,
-        activation="relu",
-        layer_norm_eps=1e-5,
-        batch_first=True,
-        norm_first=False,
-        dtype=torch.float64,
-    )
+    options = {"activation": "relu", "norm_first": False, "layer_norm_eps": 1e-5, "dropout": 0.0}
+    return kind(d_model, num_heads, d_ff, **options, batch_first=True, dtype=torch.float64)
 
 
 def main():
     """Records each case. All sizes differ, so that swapped axes are detected."""
     torch.set_num_threads(1)  # otherwise the order of sums, and so the last digit, depends on the machine
     encoder, decoder = torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer
-    arrays = {
-        **record(
-            "attention_self",
-            attention(12, 3),
-            3,
-            {"x": normal(2, 7, 12)},
-            attn_mask=arbitrary(2 * 3, 7, 7),  # one mask for each head of each sequence
-        ),
-        **record(
-            "attention_cross",
-            attention(16, 4),
-            4,
-            {"query": normal(2, 5, 16), "key": normal(2, 9, 16), "value": normal(2, 9, 16)},
-            attn_mask=arbitrary(5, 9),
-            key_padding_mask=padding([9, 4], 9),
-        ),
-        **record(
-            "encoder_padded",
-            layer(encoder, 16, 4, 24),
-            4,
-            {"src": normal(3, 7, 16)},
-            src_key_padding_mask=padding([7, 4, 1], 7),
-        ),
-        **record(
-            "encoder_one_head_causal",
-            layer(encoder, 10, 1, 7),
-            1,
-            {"src": normal(2, 8, 10)},
-            src_mask=causal(8),
-        ),
-        **record(
-            "decoder_padded",
-            layer(decoder, 16, 4, 24),
-            4,
-            {"tgt": normal(3, 7, 16), "memory": normal(3, 5, 16)},
-            tgt_mask=causal(7),
-            tgt_key_padding_mask=padding([7, 2, 5], 7),
-            memory_key_padding_mask=padding([3, 5, 1], 5),
-        ),
-        **record(
-            "decoder_one_head",
-            layer(decoder, 10, 1, 14),
-            1,
-            {"tgt": normal(2, 4, 10), "memory": normal(2, 9, 10)},
-            tgt_mask=causal(4),
-            tgt_key_padding_mask=padding([3, 4], 4),
-            memory_key_padding_mask=padding([9, 6], 9),
-        ),
-    }
+
+    inputs = {"x": normal(2, 7, 12)}
+    masks = {"attn_mask": arbitrary(2 * 3, 7, 7)}  # one mask for each head of each sequence
+    arrays = record("attention_self", attention(12, 3), 3, inputs, **masks)
+
+    inputs = {"query": normal(2, 5, 16), "key": normal(2, 9, 16), "value": normal(2, 9, 16)}
+    masks = {"attn_mask": arbitrary(5, 9), "key_padding_mask": padding([9, 4], 9)}
+    arrays |= record("attention_cross", attention(16, 4), 4, inputs, **masks)
+
+    inputs, masks = {"src": normal(3, 7, 16)}, {"src_key_padding_mask": padding([7, 4, 1], 7)}
+    arrays |= record("encoder_padded", layer(encoder, 16, 4, 24), 4, inputs, **masks)
+
+    inputs, masks = {"src": normal(2, 8, 10)}, {"src_mask": causal(8)}
+    arrays |= record("encoder_one_head_causal", layer(encoder, 10, 1, 7), 1, inputs, **masks)
+
+    inputs = {"tgt": normal(3, 7, 16), "memory": normal(3, 5, 16)}
+    masks = {"tgt_key_padding_mask": padding([7, 2, 5], 7), "memory_key_padding_mask": padding([3, 5, 1], 5)}
+    arrays |= record("decoder_padded", layer(decoder, 16, 4, 24), 4, inputs, tgt_mask=causal(7), **masks)
+
+    inputs = {"tgt": normal(2, 4, 10), "memory": normal(2, 9, 10)}
+    masks = {"tgt_key_padding_mask": padding([3, 4], 4), "memory_key_padding_mask": padding([9, 6], 9)}
+    arrays |= record("decoder_one_head", layer(decoder, 10, 1, 14), 1, inputs, tgt_mask=causal(4), **masks)
+
     np.savez_compressed(Path(__file__).with_name("golden.npz"), **arrays)
 
 
