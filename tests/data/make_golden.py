@@ -3,7 +3,8 @@
     pip install torch==2.13.0
     python tests/data/make_golden.py
 
-Nothing else in the project needs torch. On one machine, every run writes the same bytes. Names and conventions are torch's:
+Nothing else in the project needs torch. On one machine, every run writes the same bytes. Names and conventions are
+torch's:
 
     CASE/num_heads                 for example encoder_padded/num_heads
     CASE/inputs/ARGUMENT           the positional arguments of the module; for self-attention one array x
