@@ -2,8 +2,9 @@
 
     python main.py [TEXT]
 
-prints the parameters, runs a jitted forward pass, trains the model to reverse strings, reverses TEXT, and draws what
-the decoder attends to. The model and its training come first, then the program. The axes, in shapes and einsum strings:
+prints the parameters, runs a jitted forward pass, trains the model to reverse strings, reverses TEXT, and draws the
+attention of the decoder. The model and its training come first, then the program. The axes, in shapes and einsum
+strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
