@@ -207,7 +207,7 @@ def learned_attention():
                 letter.set(text=symbol, color=color)
             figure.canvas.draw()
             frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-    # One palette for all frames, so that the file holds only their differences: the blues, and each ink on its ground.
+    # One palette for all frames, so that the file holds only their differences: the blues, and text on its background.
     inks = ("white", INK), ("white", BLUE), (LIGHT[GREY], INK), (LIGHT[BLUE], BLUE), (LIGHT[ORANGE], ORANGE)
     ramps = plt.get_cmap("Blues", 32), *(LinearSegmentedColormap.from_list("", ink, 16) for ink in inks)
     palette = Image.new("P", (1, 1))
