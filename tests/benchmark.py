@@ -1,12 +1,12 @@
-"""Time and memory of attention, of the encoder layer, of a training step and of greedy decoding, as Markdown tables.
+"""Time and memory of attention, of the encoder layer, of a training step and of greedy decoding.
 
     python tests/benchmark.py
 
-Contestants run in turn, round after round, so that a slow moment of the machine slows all of them. A time is the
-median of the rounds, ± half the range. The time of a gradient includes the forward pass. Memory is temporary memory, as
-`memory_analysis` of the compiled program reports it. flax and torch take part if they are installed. On a GPU, sizes
-are larger, there are tables in bfloat16 too, and cuDNN's attention takes part in them. A dash means that a program
-needs most of the device's memory (on a CPU, more than 4 GB) and is not run.
+Contestants run in turn, round after round, so that a slow moment of the machine slows all of them. For each one, a row
+shows the median time ± half the range, the ratio to the first contestant's time, and the temporary memory that XLA
+plans. The time of a gradient includes the forward pass. flax and torch take part if they are installed. On a GPU, sizes
+are larger, and bfloat16 and cuDNN's attention are measured, too. A program that needs most of the device's memory (on a
+CPU, more than 4 GB) is not run.
 """
 
 import functools
@@ -28,7 +28,6 @@ import main as program
 from attention import flash_attention, scaled_dot_product_attention
 from transformer_layer import encoder_layer, init_encoder_layer
 
-MODELS = {"base": (512, 8, 2048), "big": (1024, 16, 4096)}  # d_model, heads and d_ff, from Table 3 of the paper
 DEVICE = jax.devices()[0]
 CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
 CALLS = 1 if CPU else 50  # calls per measurement; on a GPU many, so that the next one is always queued
@@ -50,104 +49,94 @@ def wait(result):
         torch.cuda.synchronize()
 
 
-def race(contestants, rounds):
-    """Median and half the range, in milliseconds, of each {name: function without arguments}, run in turn."""
-    times = {name: [] for name in contestants}
+def race(title, contestants, rounds):
+    """Runs {name: (function without arguments, bytes of memory or None)} in turn, and prints their times and memory."""
+    times = {name: [] for name, (_, memory) in contestants.items() if (memory or 0) < MEMORY}
     for _ in range(rounds):
-        for name, function in contestants.items():
+        for name, milliseconds in times.items():
+            function, _ = contestants[name]
             wait(function())  # warm up: the first call after another contestant's is up to a fifth slower
             start = time.perf_counter()
             for _ in range(CALLS):
                 result = function()
             wait(result)
-            times[name].append((time.perf_counter() - start) / CALLS * 1e3)
-    return {name: (statistics.median(values), (max(values) - min(values)) / 2) for name, values in times.items()}
+            milliseconds.append((time.perf_counter() - start) / CALLS * 1e3)
+    medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    print(f"\n{title}")
+    for name, (_, memory) in contestants.items():
+        row = "not run"
+        if name in times:
+            spread = (max(times[name]) - min(times[name])) / 2
+            row = f"{medians[name]:9,.2f} ± {spread:6,.2f} ms  {medians[name] / next(iter(medians.values())):5.2f}"
+        print(f"  {name:<22}{row}{f'{memory / 1e6:8,.0f} MB' if memory else ''}", flush=True)
 
 
-def compiled(kind, function, arguments, argnums=0):
-    """The forward pass, or value and gradient of its sum of squares, and its temporary memory in bytes, or None."""
-    if kind == "gradient":
-        forward = function
-        function = jax.value_and_grad(lambda *arguments: jnp.square(forward(*arguments)).sum(), argnums)
+def compiled(function, *arguments):
+    """The compiled function, applied to the arguments, and its temporary memory in bytes."""
     executable = jax.jit(function).lower(*arguments).compile()
-    memory = getattr(executable.memory_analysis(), "temp_size_in_bytes", None)
-    return functools.partial(executable, *arguments), memory
+    return functools.partial(executable, *arguments), executable.memory_analysis().temp_size_in_bytes
 
 
-def torch_contestant(kind, function, leaves):
-    """PyTorch's forward pass, or gradient of its sum of squares with respect to the leaves."""
-    import torch
+def race_forward_and_gradient(title, contestants, torch_contestant, rounds):
+    """Races {name: (function, *arguments)}, forward, and the gradient with respect to the first argument.
 
-    # On a GPU, JAX multiplies float32 matrices in TF32 by default, so PyTorch does the same.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if kind == "forward":
-        return torch.no_grad()(function)
-    return lambda: torch.autograd.grad(function().square().sum(), leaves)
+    The gradient is that of the sum of squares. `torch_contestant()` returns PyTorch's function without arguments, and
+    the tensors of its gradient.
+    """
+    forward, gradient = {}, {}
+    for name, (function, *arguments) in contestants.items():
+        square = lambda *arguments, function=function: jnp.square(function(*arguments)).sum()  # noqa: E731
+        forward[name] = compiled(function, *arguments)
+        gradient[name] = compiled(jax.value_and_grad(square), *arguments)
+    if installed("torch"):
+        import torch
 
-
-def table(header, rows):
-    """Prints a Markdown table."""
-    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
-
-
-def milliseconds(median, spread):
-    """A median and its spread, with about three significant digits."""
-    digits = 0 if median >= 100 else 1 if median >= 10 else 2
-    return f"{median:,.{digits}f} ± {spread:,.{digits}f} ms"
+        # On a GPU, JAX multiplies float32 matrices in TF32 by default, so PyTorch does the same.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        function, leaves = torch_contestant()
+        forward["torch"] = torch.no_grad()(function), None
+        gradient["torch"] = lambda: torch.autograd.grad(function().square().sum(), leaves), None
+    race(f"{title}, forward", forward, rounds)
+    race(f"{title}, gradient", gradient, rounds)
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 
 def jax_nn_attention(query, key, value, mask=None, *, causal=False, implementation=None):
-    """`jax.nn.dot_product_attention`, which has positions before heads, as the `attention` of a layer."""
+    """`jax.nn.dot_product_attention`, as the `attention` of a layer."""
     if mask is not None:  # cuDNN does not broadcast masks over queries or keys
         mask = jnp.broadcast_to(mask, (*mask.shape[:-2], query.shape[-2], key.shape[-2]))
-    swapped = (x.swapaxes(-2, -3) for x in (query, key, value))
+    swapped = (x.swapaxes(-2, -3) for x in (query, key, value))  # it has positions before heads
     options = {"mask": mask, "is_causal": causal, "implementation": implementation}
     return jax.nn.dot_product_attention(*swapped, **options).swapaxes(-2, -3)
 
 
-cudnn_attention = functools.partial(jax_nn_attention, implementation="cudnn")  # CUDA and half precision only
+# For GPUs, in half precision.
+cudnn_attention = functools.partial(jax_nn_attention, implementation="cudnn")
 
 
-def attention_table(batch, lengths, dtype, rounds):
-    """Causal attention of 8 heads of 64: forward, and gradient with respect to query, key and value."""
-    rows = []
-    for length in lengths:
-        flash = functools.partial(flash_attention, block_size=512 if CPU else min(2048, length // 2))
-        functions = {"plain": scaled_dot_product_attention, "flash": flash, "jax.nn": jax_nn_attention}
-        if CUDA and dtype == "bfloat16":
-            functions["cuDNN"] = cudnn_attention
-        arguments = tuple(jax.random.normal(jax.random.key(0), (3, batch, 8, length, 64), dtype))
-        for kind in ("forward", "gradient"):
-            memory, contestants = {}, {}
-            for name, function in functions.items():
-                attend = functools.partial(function, causal=True)
-                contestant, memory[name] = compiled(kind, attend, arguments, argnums=(0, 1, 2))
-                if not memory[name] or memory[name] < MEMORY:
-                    contestants[name] = contestant
-            if installed("torch"):
-                contestants["torch"] = torch_attention(kind, arguments)
-            times = race(contestants, rounds)
-            columns = [*functions, *(["torch"] if "torch" in contestants else [])]
-            row = [f"n = {length:,}, {kind}"]
-            for name in columns:
-                size = f", {memory[name] / 1e6:,.0f} MB" if memory.get(name) else ""
-                row.append((milliseconds(*times[name]) if name in times else "-") + size)
-            rows.append(row)
-    table([f"causal attention, {batch} x 8 heads of 64, {dtype}", *columns], rows)
+def race_attention(batch, length, dtype, rounds):
+    """Causal attention of 8 heads of 64. The gradient is with respect to query, key and value."""
+    inputs = tuple(jax.random.normal(jax.random.key(0), (3, batch, 8, length, 64), dtype))
+    flash = functools.partial(flash_attention, block_size=512 if CPU else min(2048, length // 2))
+    functions = {"plain": scaled_dot_product_attention, "flash": flash, "jax.nn": jax_nn_attention}
+    if CUDA and dtype == "bfloat16":
+        functions["cuDNN"] = cudnn_attention
+    contestants = {
+        name: (lambda qkv, function=function: function(*qkv, causal=True), inputs)
+        for name, function in functions.items()
+    }
 
+    def torch_attention():
+        import torch
 
-def torch_attention(kind, arguments):
-    """PyTorch's fused attention on the same inputs and device."""
-    import torch
+        tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in inputs]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return functools.partial(attention, *tensors, is_causal=True), tensors
 
-    tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in arguments]
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=True)
-    return torch_contestant(kind, attend, tensors)
+    title = f"Causal attention, n = {length:,}, {batch} x 8 heads of 64, {dtype}"
+    race_forward_and_gradient(title, contestants, torch_attention, rounds)
 
 
 # ---- The encoder layer -----------------------------------------------------------------------------------------------
@@ -164,7 +153,7 @@ def matrix_products(params, x):
 
 
 def flax_layer(rng, x, d_model, heads, d_ff):
-    """(params, function) of the same layer in Flax."""
+    """The same layer in Flax: function and parameters."""
     from flax import linen
 
     class Layer(linen.Module):
@@ -175,43 +164,34 @@ def flax_layer(rng, x, d_model, heads, d_ff):
             hidden = linen.relu(linen.Dense(d_ff)(x))
             return linen.LayerNorm(epsilon=1e-5)(x + linen.Dense(d_model)(hidden))
 
-    return jax.jit(Layer().init)(rng, x), Layer().apply
+    return Layer().apply, jax.jit(Layer().init)(rng, x)
 
 
-def torch_layer(kind, x, d_model, heads, d_ff):
-    """PyTorch's own encoder layer, in training mode without dropout."""
-    import torch
-
-    x = torch.from_dlpack(x).clone()
-    options = {"dropout": 0.0, "batch_first": True, "device": x.device, "dtype": x.dtype}
-    layer = torch.nn.TransformerEncoderLayer(d_model, heads, d_ff, **options)
-    return torch_contestant(kind, functools.partial(layer, x), list(layer.parameters()))
-
-
-def layer_table(model, batch, length, dtype, rounds):
-    """The encoder layer of a model and its peers: forward, and gradient with respect to the parameters."""
-    rng, sizes = jax.random.key(0), MODELS[model]
-    x = jax.random.normal(rng, (batch, length, sizes[0]), dtype)
+def race_layer(batch, length, d_model, heads, d_ff, dtype, rounds):
+    """The encoder layer and its peers. The gradient is with respect to the parameters."""
+    rng, sizes = jax.random.key(0), (d_model, heads, d_ff)
+    x = jax.random.normal(rng, (batch, length, d_model), dtype)
     params = jax.jit(init_encoder_layer, static_argnums=(1, 2, 3))(rng, *sizes)
-    layers = {"its matrix products": (params, matrix_products), "encoder_layer": (params, encoder_layer)}
+    layers = {"its matrix products": (matrix_products, params), "encoder_layer": (encoder_layer, params)}
     if CUDA and dtype == "bfloat16":
-        layers["encoder_layer, cuDNN"] = params, functools.partial(encoder_layer, attention=cudnn_attention)
+        layers["encoder_layer, cuDNN"] = functools.partial(encoder_layer, attention=cudnn_attention), params
     if installed("flax"):
         layers["flax"] = flax_layer(rng, x, *sizes)
-    rows = {}
-    for kind in ("forward", "gradient"):
-        contestants = {}
-        for name, (parameters, function) in layers.items():
-            parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
-            contestants[name], _ = compiled(kind, function, (parameters, x))
-        if installed("torch"):
-            contestants["torch"] = torch_layer(kind, x, *sizes)
-        times = race(contestants, rounds)
-        for name, figures in times.items():
-            ratio = figures[0] / times["its matrix products"][0]
-            rows.setdefault(name, [name]).extend([milliseconds(*figures), f"{ratio:.2f}"])
-    header = f"the layer of the {model} model, {batch} x {length:,} positions, {dtype}"
-    table([header, "forward", "/ products", "gradient", "/ products"], rows.values())
+    contestants = {
+        name: (function, jax.tree.map(lambda leaf: leaf.astype(dtype), params), x)
+        for name, (function, params) in layers.items()
+    }
+
+    def torch_layer():
+        import torch
+
+        tensor = torch.from_dlpack(x).clone()
+        options = {"dropout": 0.0, "batch_first": True, "device": tensor.device, "dtype": tensor.dtype}
+        layer = torch.nn.TransformerEncoderLayer(*sizes, **options)  # in training mode, but without dropout
+        return functools.partial(layer, tensor), list(layer.parameters())
+
+    title = f"Encoder layer {sizes}, {batch} x {length:,} positions, {dtype}"
+    race_forward_and_gradient(title, contestants, torch_layer, rounds)
 
 
 # ---- The whole model -------------------------------------------------------------------------------------------------
@@ -256,42 +236,32 @@ def torch_model(source, target, layers, d_model, heads, d_ff):
     return train_step, decode
 
 
-def model_table(batch, length, layers, d_model, heads, d_ff, rounds):
-    """A training step and greedy decoding of encoder and decoder."""
+def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
+    """A training step, and greedy decoding."""
     source = program.random_strings(np.random.default_rng(0), batch, length)
-    target = program.task(source)
-    sizes = len(program.SYMBOLS), layers, d_model, heads, d_ff
-    params = jax.jit(lambda: program.init_model(jax.random.key(0), *sizes))()
-    train, decode = jax.jit(program.train_step), jax.jit(program.generate)
-    state = params, program.init_adam(params)
-    steps = {"JAXformers": functools.partial(train, *state, 1, source, target, 400)}
-    decodings = {"JAXformers": functools.partial(decode, params, source)}
+    target, sizes = program.task(source), (layers, d_model, heads, d_ff)
+    params = jax.jit(lambda: program.init_model(jax.random.key(0), len(program.SYMBOLS), *sizes))()
+    step = compiled(program.train_step, params, program.init_adam(params), 1, source, target, 400)
+    steps, decodings = {"JAXformers": step}, {"JAXformers": compiled(program.generate, params, source)}
     if installed("torch"):
-        steps["torch"], decodings["torch"] = torch_model(source, target, layers, d_model, heads, d_ff)
-    rows = [
-        [name, *(milliseconds(*figures) for figures in race(contestants, rounds).values())]
-        for name, contestants in (("training step", steps), ("greedy decoding", decodings))
-    ]
-    table([f"{layers} + {layers} layers, d_model {d_model}, {batch} x {length} tokens", *steps], rows)
+        train_step, decode = torch_model(source, target, *sizes)
+        steps["torch"], decodings["torch"] = (train_step, None), (decode, None)
+    model = f"{layers} + {layers} layers {sizes[1:]}, {batch} x {length} tokens, float32"
+    race(f"Training step, {model}", steps, rounds)
+    race(f"Greedy decoding, {model}", decodings, rounds)
 
 
 def main():
-    """Prints the tables."""
+    """Runs all races."""
     start = time.perf_counter()
     versions = ["jax", "jaxlib", *(package for package in ("flax", "torch") if installed(package))]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
-    device = f"{DEVICE.device_kind} ({os.cpu_count()} cores)" if CPU else DEVICE.device_kind
-    print(f"On {device}, Python {sys.version.split()[0]}, {versions}.")
-    if CPU:
-        attention_table(1, [512, 4096], "float32", 5)
-        layer_table("base", 8, 128, "float32", 9)
-    else:
-        for dtype in ("float32", "bfloat16"):
-            attention_table(4, [2048, 4096], dtype, 5)
-            attention_table(1, [16384], dtype, 5)
-        layer_table("base", 64, 128, "float32", 9)
-        layer_table("big", 16, 1024, "bfloat16", 9)
-    model_table(16, 64, 3, 256, 4, 1024, 9)
+    print(f"On {DEVICE.device_kind} ({os.cpu_count()} cores), Python {sys.version.split()[0]}, {versions}.")
+    for dtype in ["float32"] if CPU else ["float32", "bfloat16"]:
+        for batch, length in [(1, 512), (1, 4096)] if CPU else [(4, 2048), (4, 4096), (1, 16384)]:
+            race_attention(batch, length, dtype, 5)
+        race_layer(8 if CPU else 64, 128, 512, 8, 2048, dtype, 9)  # the paper's base model, Table 3
+    race_model(16, 64, 3, 256, 4, 1024, 9)
     print(f"\nThis took {time.perf_counter() - start:.0f} s.")
 
 

@@ -1,9 +1,16 @@
-"""Random inputs and parameters for the tests."""
+"""Random inputs and parameters for the tests, and main.py as a user runs it."""
+
+import io
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import main
 
 # Marks tests that need the 8 virtual CPU devices of conftest.py.
 many_devices = pytest.mark.skipif(len(jax.devices("cpu")) < 8, reason="needs 8 CPU devices (XLA_FLAGS)")
@@ -20,3 +27,31 @@ def random_params(init, *sizes, seed=0):
     tree = jax.eval_shape(lambda: init(jax.random.key(0), *sizes))
     generator = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (0.4 * generator.standard_normal(leaf.shape)).astype(np.float32), tree)
+
+
+def run_here(monkeypatch, *arguments, encoding="ascii"):
+    """Runs main.py in this process, with stdout in this encoding, and returns its output."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    monkeypatch.setattr(sys, "stdout", output)
+    main.main()
+    output.seek(0)
+    return output.read()
+
+
+def start(*arguments, **environment):
+    """Starts `python main.py` as a subprocess, with these environment variables."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen([sys.executable, main.__file__, *arguments], env=environment, **pipes)
+
+
+def finished(*processes):
+    """Waits for the processes to succeed, and returns what they printed."""
+    try:
+        outputs = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return [output for output, _ in outputs]

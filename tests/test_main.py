@@ -1,9 +1,6 @@
 """main.py: the model of Figure 1, its training, and the program as a user runs it."""
 
-import io
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +12,8 @@ import pytest
 import main
 import transformer_layer as tl
 from attention import attention_weights, padding_mask
-from common import random_params
+from common import finished, random_params, run_here, start
 
-PROGRAM = [sys.executable, str(Path(main.__file__))]
 TEXT = "Never odd or even, 1234"
 SMALL = ["--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--batch-size", "8", "--steps", "7"]
 
@@ -160,10 +156,8 @@ def test_train_step_is_adam_on_the_gradient_of_the_loss(params):
 @pytest.fixture(scope="session")
 def default_run():
     """The output of `python main.py TEXT` on one device."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "XLA_FLAGS": ""}
-    done = subprocess.run([*PROGRAM, TEXT], capture_output=True, encoding="utf-8", env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    (output,) = finished(start(TEXT, XLA_FLAGS=""))
+    return output
 
 
 def test_the_default_run_reverses_a_text_it_never_saw(default_run):
@@ -200,19 +194,9 @@ def test_readme_shows_this_run(default_run):
         assert without_numbers(line) in lines, line
 
 
-def run_here(monkeypatch, encoding, *arguments):
-    """Runs main.py in this process, with stdout in this encoding, and returns its output."""
-    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
-    monkeypatch.setattr(sys, "stdout", output)
-    main.main()
-    output.seek(0)
-    return output.read()
-
-
 def test_flags_seed_and_encoding(monkeypatch):
     """All sizes can be set; the same seed gives the same output, except for times; ASCII terminals get ASCII maps."""
-    blocks, plain = (run_here(monkeypatch, encoding, "Hello", *SMALL) for encoding in ("utf-8", "ascii"))
+    blocks, plain = (run_here(monkeypatch, "Hello", *SMALL, encoding=encoding) for encoding in ("utf-8", "ascii"))
     for expected in (
         "(2, 16, 2, 8)",  # layers, d_model, heads, d_k
         "(2, 16, 24)",  # layers, d_model, d_ff
@@ -229,7 +213,7 @@ def test_flags_seed_and_encoding(monkeypatch):
 
 def test_no_steps_and_a_long_text(monkeypatch):
     """`--steps 0` trains nothing, so the two maps are equal. Maps too wide for 80 columns go below each other."""
-    output = run_here(monkeypatch, "ascii", "0123456789" * 4, *SMALL, "--steps", "0")
+    output = run_here(monkeypatch, "0123456789" * 4, *SMALL, "--steps", "0")
     assert "3. Training: skipped (--steps 0)\n\n4. " in output
     assert "exact matches: 0/8 (final parameters)\n" in output
     before, after = re.search(r"before training\n(.*)after training\n(.*)", output, re.DOTALL).groups()
@@ -241,15 +225,13 @@ def test_no_steps_and_a_long_text(monkeypatch):
 def test_six_layers_learn(monkeypatch):
     """The paper's depth: six layers also learn to reverse every test string."""
     sizes = ["--num-layers", "6", "--num-heads", "1", "--d-model", "32", "--d-ff", "32", "--warmup-steps", "400"]
-    output = run_here(monkeypatch, "ascii", "abc", *sizes, "--batch-size", "32", "--steps", "200")
+    output = run_here(monkeypatch, "abc", *sizes, "--batch-size", "32", "--steps", "200")
     assert "32/32 (average of the last 75 steps)" in output
 
 
 def test_a_closed_pipe():
     """`python main.py | head -1` ends without a traceback."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # output is buffered, as it is by default
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    with subprocess.Popen([*PROGRAM, *SMALL, "--steps", "0", "Hello"], env=environment, **pipes) as process:
+    with start(*SMALL, "--steps", "0", "Hello") as process:
         process.stdout.close()
         assert process.stderr.read() == ""
 

@@ -1,8 +1,7 @@
-"""PyTorch as reference: multi-head attention and the two layers give torch.nn's outputs and gradients.
+"""PyTorch as reference: multi-head attention and the two layers give torch.nn's outputs and gradients, in float64.
 
 data/make_golden.py wrote the reference data, golden.npz, with torch's names and conventions; torch is not needed here.
-This file converts weights and gradients to the conventions of this project, and compares the output and every gradient
-in float32 and float64, with plain and flash attention.
+This file converts weights, masks and gradients to the conventions of this project, and compares.
 """
 
 import functools
@@ -15,11 +14,7 @@ import pytest
 import transformer_layer as tl
 from attention import flash_attention, scaled_dot_product_attention
 
-# Both are absolute and relative: |actual - expected| <= tolerance * (1 + |expected|).
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
-
-@functools.cache
 def golden(case):
     """The arrays of a case: num_heads, output, output_weights, and dicts of inputs, weights, masks and gradients."""
     data = {"inputs": {}, "weights": {}, "masks": {}, "gradients": {}}
@@ -48,30 +43,25 @@ def feed_forward_params(torch):
     return {"w1": w1, "b1": torch["linear1.bias"], "w2": w2, "b2": torch["linear2.bias"]}
 
 
-def norm_params(torch, name):
-    """torch calls the scale of a layer norm its weight, and numbers the norms by sub-layer."""
-    return {"scale": torch[f"{name}.weight"], "bias": torch[f"{name}.bias"]}
-
-
 def encoder_layer_params(torch, num_heads):
-    """The parameters of torch.nn.TransformerEncoderLayer, for encoder_layer."""
+    """The parameters of torch.nn.TransformerEncoderLayer. torch numbers the norms by sub-layer."""
+    norms = [{"scale": torch[f"norm{i}.weight"], "bias": torch[f"norm{i}.bias"]} for i in (1, 2)]
     return {
         "self_attention": attention_params(torch, num_heads, "self_attn."),
-        "self_attention_norm": norm_params(torch, "norm1"),
+        "self_attention_norm": norms[0],
         "feed_forward": feed_forward_params(torch),
-        "feed_forward_norm": norm_params(torch, "norm2"),
+        "feed_forward_norm": norms[1],
     }
 
 
 def decoder_layer_params(torch, num_heads):
-    """The parameters of torch.nn.TransformerDecoderLayer, for decoder_layer."""
+    """The parameters of torch.nn.TransformerDecoderLayer, whose second sub-layer is cross-attention."""
+    params = encoder_layer_params(torch, num_heads)
     return {
-        "self_attention": attention_params(torch, num_heads, "self_attn."),
-        "self_attention_norm": norm_params(torch, "norm1"),
+        **params,
         "cross_attention": attention_params(torch, num_heads, "multihead_attn."),
-        "cross_attention_norm": norm_params(torch, "norm2"),
-        "feed_forward": feed_forward_params(torch),
-        "feed_forward_norm": norm_params(torch, "norm3"),
+        "cross_attention_norm": params["feed_forward_norm"],
+        "feed_forward_norm": {"scale": torch["norm3.weight"], "bias": torch["norm3.bias"]},
     }
 
 
@@ -80,11 +70,48 @@ def unpadded(key_padding_mask):
     return ~key_padding_mask[:, None, None, :]
 
 
-# ---- The comparison --------------------------------------------------------------------------------------------------
+# ---- The functions to compare, with torch's masks --------------------------------------------------------------------
 
 
-def assert_agrees(case, dtype, params_from_torch, function):
-    """function(params, *inputs) has the golden output, and sum(output * output_weights) the golden gradients."""
+def multi_head_attention(params, masks, *inputs, attention):
+    """torch.nn.MultiheadAttention: self-attention with a mask per head, or cross-attention with padding."""
+    mask, num_heads = ~masks["attn_mask"], params["query"].shape[1]
+    if mask.ndim == 3:  # (batch * h, n, m) in torch, (batch, h, n, m) here
+        mask = mask.reshape(-1, num_heads, *mask.shape[1:])
+    if "key_padding_mask" in masks:
+        mask = mask & unpadded(masks["key_padding_mask"])
+    query, key, value = inputs * 3 if len(inputs) == 1 else inputs
+    return tl.multi_head_attention(params, query, key, value, mask, attention=attention)
+
+
+def encoder_layer(params, masks, x, attention):
+    """torch.nn.TransformerEncoderLayer: with padding, or with a causal mask."""
+    if "src_mask" in masks:
+        return tl.encoder_layer(params, x, causal=True, attention=attention)
+    return tl.encoder_layer(params, x, unpadded(masks["src_key_padding_mask"]), attention=attention)
+
+
+def decoder_layer(params, masks, x, memory, attention):
+    """torch.nn.TransformerDecoderLayer, with a causal mask and padding. Padded targets agree, too."""
+    padding = unpadded(masks["tgt_key_padding_mask"]), unpadded(masks["memory_key_padding_mask"])
+    return tl.decoder_layer(params, x, memory, *padding, attention=attention)
+
+
+# Blocks of 3 positions: several blocks, and the last one is padded.
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=3)])
+@pytest.mark.parametrize(
+    ("case", "params_from_torch", "function"),
+    [
+        ("attention_self", attention_params, multi_head_attention),
+        ("attention_cross", attention_params, multi_head_attention),
+        ("encoder_padded", encoder_layer_params, encoder_layer),
+        ("encoder_one_head_causal", encoder_layer_params, encoder_layer),
+        ("decoder_padded", decoder_layer_params, decoder_layer),
+        ("decoder_one_head", decoder_layer_params, decoder_layer),
+    ],
+)
+def test_agrees_with_pytorch(case, params_from_torch, function, attention):
+    """Outputs agree to 1e-10, and so do the gradients of sum(output * output_weights) for all inputs and weights."""
     data = golden(case)
 
     def params_and_inputs(arrays):
@@ -92,77 +119,19 @@ def assert_agrees(case, dtype, params_from_torch, function):
 
     @jax.jit
     def output_and_gradients(params, inputs, output_weights):
-        output, gradients = jax.vjp(lambda params, inputs: function(params, *inputs), params, inputs)
-        return {"output": output, "gradients": gradients(output_weights)}
+        def forward(params, inputs):
+            return function(params, data["masks"], *inputs, attention=attention)
 
-    with jax.enable_x64(dtype == "float64"):
+        output, gradients = jax.vjp(forward, params, inputs)
+        return output, gradients(output_weights)
+
+    with jax.enable_x64(True):
         arguments = *params_and_inputs(data["inputs"] | data["weights"]), data["output_weights"]
-        actual = output_and_gradients(*jax.tree.map(lambda x: x.astype(dtype), arguments))
-        actual = jax.tree.map(np.asarray, actual)
-    expected = {"output": data["output"], "gradients": params_and_inputs(data["gradients"])}
+        actual = output_and_gradients(*jax.tree.map(lambda x: x.astype(np.float64), arguments))
 
     def assert_close(path, actual, expected):
-        name, tolerance = jax.tree_util.keystr(path), TOLERANCE[dtype]
-        assert actual.dtype == dtype, name
-        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+        assert actual.dtype == np.float64
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10, err_msg=jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(assert_close, actual, expected)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [("attention_cross", "float32"), ("attention_cross", "float64"), ("attention_self", "float64")],
-)
-def test_multi_head_attention_agrees_with_pytorch(case, dtype):
-    """multi_head_attention equals torch.nn.MultiheadAttention: self and cross, one mask, or one for each head."""
-    masks, num_heads = golden(case)["masks"], golden(case)["num_heads"]
-    mask = ~masks["attn_mask"]
-    if mask.ndim == 3:  # one for each head: (batch * h, n, m) in torch, (batch, h, n, m) here
-        mask = mask.reshape(-1, num_heads, *mask.shape[1:])
-    if "key_padding_mask" in masks:
-        mask = mask & unpadded(masks["key_padding_mask"])
-
-    def function(params, *inputs):
-        query, key, value = inputs * 3 if len(inputs) == 1 else inputs
-        return tl.multi_head_attention(params, query, key, value, mask)
-
-    assert_agrees(case, dtype, attention_params, function)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [("encoder_padded", "float32"), ("encoder_padded", "float64"), ("encoder_one_head_causal", "float64")],
-)
-def test_encoder_layer_agrees_with_pytorch(case, dtype):
-    """encoder_layer equals torch.nn.TransformerEncoderLayer: with padding, and causal with one head."""
-    masks = golden(case)["masks"]
-    causal = "src_mask" in masks  # the only such mask in the data
-    mask = unpadded(masks["src_key_padding_mask"]) if "src_key_padding_mask" in masks else None
-
-    def function(params, x):
-        return tl.encoder_layer(params, x, mask, causal=causal)
-
-    assert_agrees(case, dtype, encoder_layer_params, function)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "attention"),
-    [
-        ("decoder_padded", "float32", scaled_dot_product_attention),
-        ("decoder_padded", "float64", scaled_dot_product_attention),
-        ("decoder_padded", "float64", functools.partial(flash_attention, block_size=3)),
-        ("decoder_one_head", "float64", scaled_dot_product_attention),
-    ],
-)
-def test_decoder_layer_agrees_with_pytorch(case, dtype, attention):
-    """decoder_layer equals torch.nn.TransformerDecoderLayer with a causal mask and padding.
-
-    Padded targets agree, too. With blocks of 3 positions, there are several blocks, and the last one is padded.
-    """
-    masks = golden(case)["masks"]
-    mask, memory_mask = unpadded(masks["tgt_key_padding_mask"]), unpadded(masks["memory_key_padding_mask"])
-
-    def function(params, x, memory):
-        return tl.decoder_layer(params, x, memory, mask, memory_mask, attention=attention)
-
-    assert_agrees(case, dtype, decoder_layer_params, function)
+    expected = data["output"], params_and_inputs(data["gradients"])
+    jax.tree.map_with_path(assert_close, actual, expected)

@@ -4,9 +4,6 @@ import functools
 import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,10 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import main
-from common import arrays, many_devices, random_params
+from common import arrays, finished, many_devices, random_params, run_here, start
 from transformer_layer import decoder, encoder, init_decoder, init_decoder_layer, init_encoder, init_encoder_layer
 
-PROGRAM = [sys.executable, str(Path(main.__file__))]
 MESHES = [(8, 1), (4, 2), (1, 8)]
 SMALL = ["was", "--d-ff", "64", "--num-heads", "2", "--batch-size", "16", "--steps", "30"]
 
@@ -115,59 +111,23 @@ def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
 # ---- The program on many devices and in two processes ----------------------------------------------------------------
 
 
-def start(*arguments, devices=1, **environment):
-    """Starts main.py as a subprocess with this many virtual devices."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONIOENCODING": "utf-8",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        **environment,
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([*PROGRAM, *SMALL, *arguments], env=environment, **pipes)
+def test_two_processes_learn_what_one_learns(monkeypatch):
+    """Two processes with two devices each, started with Slurm's variables like `srun`, have one process's losses.
 
-
-def finished(*processes):
-    """Waits for the processes to succeed, and returns what they printed."""
-    try:
-        outputs = [process.communicate(timeout=180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return [output for output, _ in outputs]
-
-
-@pytest.fixture(scope="session")
-def two_processes():
-    """The outputs of main.py as two processes of two devices each, started with Slurm's variables, like `srun`."""
+    Only the first one prints.
+    """
     with socket.socket() as listener:  # JAX derives the port from the Slurm job ID, so use a free port as the ID
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
     slurm = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    return finished(
-        *(
-            start("--model-parallel", "2", "--distributed", devices=2, SLURM_PROCID=i, SLURM_LOCALID=i, **slurm)
-            for i in ("0", "1")
-        )
-    )
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **slurm}
+    arguments = *SMALL, "--model-parallel", "2", "--distributed"
+    first, second = finished(*(start(*arguments, SLURM_PROCID=i, SLURM_LOCALID=i, **environment) for i in ("0", "1")))
 
+    def losses(output):
+        return [float(loss) for loss in re.findall(r"^step +\d+  loss +([\d.]+)", output, re.MULTILINE)]
 
-def losses(output):
-    """The losses that a run prints."""
-    return [float(loss) for loss in re.findall(r"^step +\d+  loss +([\d.]+)", output, re.MULTILINE)]
-
-
-def test_two_processes_learn_the_same(monkeypatch, capsys, two_processes):
-    """Two processes with two devices each have the same losses as one process."""
-    monkeypatch.setattr(sys, "argv", ["main.py", *SMALL])
-    main.main()
-    assert losses(two_processes[0]) == pytest.approx(losses(capsys.readouterr().out), abs=2e-3)
-
-
-def test_process_0_alone_prints(two_processes):
-    """The other process prints nothing."""
-    assert two_processes[0].count("4. Result") == 1
-    assert not re.search(r"^\d\. |^step|^params", two_processes[1], re.MULTILINE)
+    assert len(losses(first)) == 6
+    assert losses(first) == pytest.approx(losses(run_here(monkeypatch, *SMALL)), abs=2e-3)
+    assert not re.search(r"^\d\. |^step|^params", second, re.MULTILINE)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import transformer_layer as tl
-from attention import attention_weights, flash_attention, padding_mask, scaled_dot_product_attention
+from attention import flash_attention, padding_mask, scaled_dot_product_attention
 from common import arrays, many_devices, random_params
 
 LAYERS, D, H, F, N, M = 2, 8, 2, 12, 5, 6
@@ -74,47 +74,29 @@ def test_half_precision_parameters(dtype):
     np.testing.assert_allclose(output.astype(np.float32), EXPECTED(), atol=16 * float(jnp.finfo(dtype).eps))
 
 
-def test_x64():
-    """Under x64, float64 stays float64 from end to end, and agrees with float32."""
-    with jax.enable_x64(True):
-        arguments = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (PARAMS, SOURCE, TARGET))
-        output = COMPILED(*arguments, MASK)
-        weights = jax.eval_shape(attention_weights, arguments[1], arguments[1])
-    assert output.dtype == weights.dtype == np.float64
-    np.testing.assert_allclose(output, EXPECTED(), atol=5e-6)
-
-
-def matrix_products(function, *arguments):
-    """The dtypes (left, right, result) of each matrix product in the program that JAX hands to XLA."""
-    text = jax.jit(function).lower(*arguments).as_text()
-    pattern = r"stablehlo\.dot_general .*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\) -> tensor<(?:\d+x)*(\w+)>"
-    return re.findall(pattern, text)
-
-
 @pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
 def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype, name):
     """No product multiplies half-precision numbers as float32. The products of attention accumulate in float32."""
+
+    def matrix_products(function, *arguments):
+        """The dtypes (left, right, result) of each matrix product in the program that JAX hands to XLA."""
+        text, tensor = jax.jit(function).lower(*arguments).as_text(), r"tensor<(?:\d+x)*(\w+)>"
+        return re.findall(rf"stablehlo\.dot_general .*: \({tensor}, {tensor}\) -> {tensor}", text)
+
+    def gradient(query, key, value):
+        return jax.grad(lambda *qkv: attention(*qkv).sum(), argnums=(0, 1, 2))(query, key, value)
+
     inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (PARAMS, SOURCE, TARGET))
     products = matrix_products(functools.partial(transformer, attention=attention), *inputs)
     assert len(products) >= 2 * (4 + 2) + 4  # of an encoder layer and a decoder layer
-    assert {operands for *operands, _ in map(list, products) for operands in operands} == {name}
-    functions = [attention]
-    if attention is FLASH:  # its backward pass is written here; plain attention's is JAX's own
-        functions.append(jax.grad(lambda *qkv: attention(*qkv).sum(), argnums=(0, 1, 2)))
-    for function in functions:
+    assert {operand for left, right, _ in products for operand in (left, right)} == {name}
+    # The backward pass of FLASH is written here. That of plain attention is JAX's own.
+    for function in (attention, gradient) if attention is FLASH else (attention,):
         assert set(matrix_products(function, *3 * [inputs[1]])) == {(name, name, "f32")}
 
 
 # ---- Meshes of devices -----------------------------------------------------------------------------------------------
-
-
-def on_a_mesh(function, kind, spec, *inputs):
-    """The gradient of the function, with its inputs split over a mesh of 4 x 2 virtual devices."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices("cpu")[:8], axis_types=2 * (kind,))
-    placed = jax.device_put(inputs, NamedSharding(mesh, spec))
-    with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))(*placed)
 
 
 @many_devices
@@ -124,12 +106,18 @@ def test_attention_on_a_mesh(attention, kind):
     """Batch and heads are split over 8 devices, by the compiler (Auto), by type (Explicit), or by `jax.shard_map`."""
     inputs = arrays((4, 2, 10, 6), (4, 2, 10, 6), (4, 2, 10, 5))
     function, spec = functools.partial(attention, causal=True), P("data", "model")
-    expected = jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2))(*inputs)
     mapped = jax.shard_map(function, in_specs=spec, out_specs=spec) if kind == "shard_map" else function
-    gradient = on_a_mesh(mapped, getattr(AxisType, kind, AxisType.Auto), spec, *inputs)
-    for actual, exact in zip(gradient, expected, strict=True):
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))
+
+    axis_types = 2 * (getattr(AxisType, kind, AxisType.Auto),)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types, devices=jax.devices("cpu")[:8])
+    with jax.set_mesh(mesh):
+        split = gradient(mapped)(*jax.device_put(inputs, NamedSharding(mesh, spec)))
+    for actual, expected in zip(split, gradient(function)(*inputs), strict=True):
         assert actual.sharding.spec[:2] == ("data", "model")
-        np.testing.assert_allclose(actual, exact, atol=2e-6)
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 # ---- Extreme contents and shapes -------------------------------------------------------------------------------------
@@ -177,9 +165,3 @@ def test_smallest_shapes(attention, batch, n, m):
     assert output.shape == (batch, n, 6)
     np.testing.assert_array_equal(output, value if m == 1 else np.zeros(output.shape))
     assert jax.eval_shape(attention, query, key, value[..., :0]).shape == (batch, n, 0)
-
-
-def test_smallest_shapes_of_the_stacks():
-    """Encoder and decoder accept an empty batch, and a memory of zero positions gives no NaN."""
-    assert jax.eval_shape(transformer, PARAMS, SOURCE[:0], TARGET[:0]).shape == (0, N, D)
-    assert jnp.isfinite(jax.jit(tl.decoder)(PARAMS["decoder"], TARGET, SOURCE[:, :0])).all()

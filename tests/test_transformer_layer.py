@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import transformer_layer as tl
-from attention import padding_mask
 from common import arrays, random_params
 
 D, H, F, N, M, LAYERS = 12, 3, 20, 5, 7, 3  # d_model, heads, d_ff, positions, positions of the memory, layers
@@ -110,16 +109,6 @@ def test_stacks_divide_the_weights_that_write_into_the_residual_connection(name)
         scaled = stack[path[0].key][key]
         np.testing.assert_allclose(scaled, factor * weight, rtol=1e-6, err_msg=str(path))
         assert key not in ("query", "output", "w1", "w2") or np.not_equal(scaled[0], scaled[1]).all()  # layers differ
-
-
-def test_padding_equals_a_shorter_input(params):
-    """With a padding mask, unpadded positions get the same outputs as a shorter input."""
-    x, memory = x_and_memory()
-    mask, memory_mask = padding_mask(jnp.array([3, 3]), N), padding_mask(jnp.array([4, 4]), M)
-    encoded = jitted("encoder", params, x, memory, mask=mask)[:, :3]
-    np.testing.assert_allclose(encoded, jitted("encoder", params, x[:, :3], memory), atol=2e-6)
-    decoded = jitted("decoder", params, x, memory, mask=mask, memory_mask=memory_mask)[:, :3]
-    np.testing.assert_allclose(decoded, jitted("decoder", params, x[:, :3], memory[:, :4]), atol=2e-6)
 
 
 def test_attention_is_an_argument(params):
