@@ -11,7 +11,6 @@ CPU, more than 4 GB) is not run.
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import statistics
 import sys
@@ -28,24 +27,32 @@ import main as program
 from attention import flash_attention, scaled_dot_product_attention
 from transformer_layer import encoder_layer, init_encoder_layer
 
+try:
+    import torch
+except ImportError:
+    torch = None
+try:
+    from flax import linen
+except ImportError:
+    linen = None
+
 DEVICE = jax.devices()[0]
 CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
 CALLS = 1 if CPU else 50  # calls per measurement; on a GPU many, so that the next one is always queued
 MEMORY = 0.8 * (DEVICE.memory_stats() or {}).get("bytes_limit", 5e9)  # leaves room for arguments and results
 
 
-def installed(package):
-    """Whether a package is installed and, if it is PyTorch, can use the device that JAX uses."""
-    if not importlib.util.find_spec(package):
-        return False
-    return CPU or package != "torch" or importlib.import_module("torch").cuda.is_available()
+if torch and not CPU and not torch.cuda.is_available():
+    torch = None  # it cannot use the device that JAX uses
+if torch:
+    # On a GPU, JAX multiplies float32 matrices in TF32 by default, so PyTorch does the same.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def wait(result):
     """Waits for the result, because JAX, and PyTorch on a GPU, return before it is computed."""
     jax.block_until_ready(result)
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
+    if torch and not CPU:
         torch.cuda.synchronize()
 
 
@@ -88,11 +95,7 @@ def race_forward_and_gradient(title, contestants, torch_contestant, rounds):
         square = lambda *arguments, function=function: jnp.square(function(*arguments)).sum()  # noqa: E731
         forward[name] = compiled(function, *arguments)
         gradient[name] = compiled(jax.value_and_grad(square), *arguments)
-    if installed("torch"):
-        import torch
-
-        # On a GPU, JAX multiplies float32 matrices in TF32 by default, so PyTorch does the same.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if torch:
         function, leaves = torch_contestant()
         forward["torch"] = torch.no_grad()(function), None
         gradient["torch"] = lambda: torch.autograd.grad(function().square().sum(), leaves), None
@@ -129,8 +132,6 @@ def race_attention(batch, length, dtype, rounds):
     }
 
     def torch_attention():
-        import torch
-
         tensors = [torch.from_dlpack(x).clone().requires_grad_() for x in inputs]
         attention = torch.nn.functional.scaled_dot_product_attention
         return functools.partial(attention, *tensors, is_causal=True), tensors
@@ -154,7 +155,6 @@ def matrix_products(params, x):
 
 def flax_layer(rng, x, d_model, heads, d_ff):
     """The same layer in Flax: function and parameters."""
-    from flax import linen
 
     class Layer(linen.Module):
         @linen.compact
@@ -175,7 +175,7 @@ def race_layer(batch, length, d_model, heads, d_ff, dtype, rounds):
     layers = {"its matrix products": (matrix_products, params), "encoder_layer": (encoder_layer, params)}
     if CUDA and dtype == "bfloat16":
         layers["encoder_layer, cuDNN"] = functools.partial(encoder_layer, attention=cudnn_attention), params
-    if installed("flax"):
+    if linen:
         layers["flax"] = flax_layer(rng, x, *sizes)
     contestants = {
         name: (function, jax.tree.map(lambda leaf: leaf.astype(dtype), params), x)
@@ -183,8 +183,6 @@ def race_layer(batch, length, d_model, heads, d_ff, dtype, rounds):
     }
 
     def torch_layer():
-        import torch
-
         tensor = torch.from_dlpack(x).clone()
         options = {"dropout": 0.0, "batch_first": True, "device": tensor.device, "dtype": tensor.dtype}
         layer = torch.nn.TransformerEncoderLayer(*sizes, **options)  # in training mode, but without dropout
@@ -199,8 +197,6 @@ def race_layer(batch, length, d_model, heads, d_ff, dtype, rounds):
 
 def torch_model(source, target, layers, d_model, heads, d_ff):
     """PyTorch's training step and greedy decoding, with nn.Transformer and torch.optim.Adam."""
-    import torch
-
     device = torch.from_dlpack(jnp.zeros(1)).device
     source, target = (torch.tensor(x.copy(), device=device) for x in (source, target))
     shifted = torch.roll(target, 1, dims=-1)
@@ -243,7 +239,7 @@ def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
     params = jax.jit(lambda: program.init_model(jax.random.key(0), len(program.SYMBOLS), *sizes))()
     step = compiled(program.train_step, params, program.init_adam(params), 1, source, target, 400)
     steps, decodings = {"JAXformers": step}, {"JAXformers": compiled(program.generate, params, source)}
-    if installed("torch"):
+    if torch:
         train_step, decode = torch_model(source, target, *sizes)
         steps["torch"], decodings["torch"] = (train_step, None), (decode, None)
     model = f"{layers} + {layers} layers {sizes[1:]}, {batch} x {length} tokens, float32"
@@ -254,7 +250,7 @@ def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
 def main():
     """Runs all races."""
     start = time.perf_counter()
-    versions = ["jax", "jaxlib", *(package for package in ("flax", "torch") if installed(package))]
+    versions = ["jax", "jaxlib", *["flax"] * bool(linen), *["torch"] * bool(torch)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
     print(f"On {DEVICE.device_kind} ({os.cpu_count()} cores), Python {sys.version.split()[0]}, {versions}.")
     for dtype in ["float32"] if CPU else ["float32", "bfloat16"]:

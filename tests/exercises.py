@@ -17,11 +17,9 @@ import main
 import transformer_layer as tl
 from common import arrays, random_params
 
-# ---- 6. A decoder-only model (GPT) in main.py ------------------------------------------------------------------------
-
 
 def test_gpt_continues_the_title_of_the_paper():
-    """main.init_gpt(rng, vocab_size, num_layers, d_model, num_heads, d_ff) returns embedding and encoder.
+    """Exercise 6. main.init_gpt(rng, vocab_size, num_layers, d_model, num_heads, d_ff) returns embedding and encoder.
 
     main.gpt(params, tokens) (..., n) -> logits (..., n, s) of the next tokens, from a causal encoder.
     main.gpt_loss(params, tokens) is the mean cross-entropy of each token after the first, given those before it.
@@ -54,11 +52,8 @@ def test_gpt_continues_the_title_of_the_paper():
     assert write() == main.as_text(tokens)  # catches targets that are off by one
 
 
-# ---- 7. Rotary positions in attention.py (arXiv 2104.09864) ----------------------------------------------------------
-
-
 def test_rotary_scores_depend_on_the_distance():
-    """attention.rotary(x, start=0) rotates x (..., n, k), whose first position is `start`; for query and key alike.
+    """Exercise 7. attention.rotary(x, start=0) rotates x (..., n, k), a query or key; its first position is `start`.
 
     Which elements of x form a pair is free: neighbors as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
     are as in section 3.5.
@@ -80,11 +75,8 @@ def test_rotary_scores_depend_on_the_distance():
     np.testing.assert_allclose(attention.rotary(jnp.ones((5, 8))).sum(axis=-1), 2 * cosines.sum(axis=-1), atol=1e-5)
 
 
-# ---- 8. Grouped-query attention in transformer_layer.py (arXiv 2305.13245) -------------------------------------------
-
-
 def test_grouped_query_attention_equals_jax_nn():
-    """init_multi_head_attention(rng, d_model, num_heads, num_key_heads) returns key and value (d, num_key_heads, k).
+    """Exercise 8. init_multi_head_attention(rng, d_model, num_heads, num_key_heads): key, value (d, num_key_heads, k).
 
     multi_head_attention needs no new argument. Query heads 0, 1, ... share key head 0, the next ones key head 1.
     """
@@ -102,11 +94,8 @@ def test_grouped_query_attention_equals_jax_nn():
     print(f"\na KV cache of {2 * key.size} numbers instead of {2 * memory.size}", end="")
 
 
-# ---- 9. Beam search in main.py (section 6.1) -------------------------------------------------------------------------
-
-
 def test_beam_search_finds_better_strings():
-    """main.beam_search(params, source, beam_size): source (m,) -> the best target (m,) found, and its score.
+    """Exercise 9. main.beam_search(params, source, beam_size): source (m,) -> best target (m,) found, and its score.
 
     The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it never writes START and runs
     under `jax.jit`.
@@ -141,11 +130,8 @@ def test_beam_search_finds_better_strings():
     assert improved
 
 
-# ---- 10. A sliding window in attention.py ----------------------------------------------------------------------------
-
-
 def test_window_equals_jax_nn_and_skips_blocks(monkeypatch):
-    """flash_attention(..., causal=True, window=w): a query attends to the last w keys, including its own position.
+    """Exercise 10. flash_attention(..., causal=True, window=w): a query attends to the last w keys, its own included.
 
     Key blocks before the window are skipped, forward and backward: `_block_scores` is not called for them.
     """

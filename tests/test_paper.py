@@ -119,9 +119,6 @@ def depends(function, *inputs):
     return [(np.asarray(jacobian) != 0).any(axis=(1, 3)) for jacobian in jacobians]
 
 
-# ---- Section 3.1: encoder and decoder stacks -------------------------------------------------------------------------
-
-
 def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
     """Section 3.1: the output of each sub-layer is LayerNorm(x + Sublayer(x)), in the encoder and in the decoder.
 
@@ -144,9 +141,6 @@ def test_3_1_a_prediction_depends_only_on_known_outputs():
     expected, *others = logits(target, *changed)
     differs = [np.any(other != expected, axis=-1) for other in others]
     np.testing.assert_array_equal(differs, np.tri(5, k=-1).T)
-
-
-# ---- Section 3.2.1: scaled dot-product attention ---------------------------------------------------------------------
 
 
 def test_3_2_1_attention_is_equation_1():
@@ -195,9 +189,6 @@ def test_3_2_1_without_the_scale_the_gradient_of_the_softmax_vanishes():
     assert without_scale < 1e-5  # gradients of about e^-30 vanish in float32
 
 
-# ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
-
-
 def test_3_2_2_multi_head_is_concat_of_heads_times_w_o():
     """Section 3.2.2: MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O, each head computed separately."""
     params = random_params(tl.init_multi_head_attention, D_MODEL, HEADS)
@@ -223,9 +214,6 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
     assert cost({**full, "output": shape(8, d_model, d_model)}) == pytest.approx(8 * single, rel=2e-3)
 
 
-# ---- Section 3.2.3: applications of attention ------------------------------------------------------------------------
-
-
 def test_3_2_3_encoder_attends_to_all_positions():
     """Section 3.2.3: each encoder position can attend to all positions, and with causal=True only up to itself."""
     params = random_params(tl.init_encoder, *SIZES)
@@ -247,9 +235,6 @@ def test_3_2_3_decoder_attends_to_its_past_and_to_the_memory():
     np.testing.assert_array_equal(causal[0], np.tri(N))
 
 
-# ---- Section 3.3: position-wise feed-forward networks ----------------------------------------------------------------
-
-
 def test_3_3_feed_forward_is_equation_2():
     """Section 3.3, Equation 2: FFN(x) = max(0, x W_1 + b_1) W_2 + b_2."""
     params = random_params(tl.init_feed_forward, D_MODEL, D_FF)
@@ -261,9 +246,6 @@ def test_3_3_feed_forward_is_applied_to_each_position_separately():
     """Section 3.3: the feed-forward network is applied to each position separately."""
     params = random_params(tl.init_feed_forward, D_MODEL, D_FF)
     np.testing.assert_array_equal(depends(lambda x: tl.feed_forward(params, x), X)[0], np.eye(N))
-
-
-# ---- Section 3.4: embeddings and softmax -----------------------------------------------------------------------------
 
 
 def test_3_4_embedding_and_softmax_share_one_matrix():
@@ -279,8 +261,6 @@ def test_3_4_embedding_and_softmax_share_one_matrix():
     logits = decoder(p["decoder"], target, encoder(p["encoder"], source)) @ p["embedding"].T
     np.testing.assert_allclose(jax.jit(main.model)(params, TOKENS, TOKENS[:5]), logits, rtol=1e-6, atol=5e-6)
 
-
-# ---- Section 3.5: positional encoding --------------------------------------------------------------------------------
 
 encodings = jax.jit(main.positional_encoding, static_argnums=(0, 1))
 
@@ -312,9 +292,6 @@ def test_3_5_positional_encoding_of_pos_plus_k_is_linear_in_that_of_pos(k):
     np.testing.assert_allclose(encoding[:-k] @ matrix, encoding[k:], atol=1e-5)
 
 
-# ---- Section 4: why self-attention -----------------------------------------------------------------------------------
-
-
 def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
     """Section 4, Table 1: the complexity of a self-attention layer is O(n^2 d), in operations counted by XLA."""
 
@@ -326,9 +303,6 @@ def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
     assert cost(n, d) == pytest.approx(4 * n**2 * d, rel=5e-3)
     assert cost(2 * n, d) == pytest.approx(4 * cost(n, d), rel=2e-3)
     assert cost(n, 2 * d) == pytest.approx(2 * cost(n, d), rel=2e-3)
-
-
-# ---- Section 5: training ---------------------------------------------------------------------------------------------
 
 
 def test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root():
@@ -402,9 +376,6 @@ def test_5_4_label_smoothing_spreads_a_tenth_over_the_vocabulary():
     np.testing.assert_allclose(jax.jit(main.loss)(params, source, target), cross_entropy, rtol=1e-6)
 
 
-# ---- Section 6: results ----------------------------------------------------------------------------------------------
-
-
 def test_6_1_average_is_the_mean_of_the_last_parameters():
     """Section 6.1: the final model is the average of the last checkpoints."""
     checkpoints = arrays((7, 3))[0]
@@ -412,9 +383,6 @@ def test_6_1_average_is_the_mean_of_the_last_parameters():
     for count, params in enumerate(checkpoints, start=1):
         mean = average(mean, params, count)
     np.testing.assert_allclose(mean, checkpoints.mean(axis=0), rtol=1e-5)
-
-
-# ---- Section 6.2: model variations -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

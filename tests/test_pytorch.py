@@ -26,9 +26,6 @@ def golden(case):
     return data
 
 
-# ---- From torch's conventions to this project's ----------------------------------------------------------------------
-
-
 def attention_params(torch, num_heads, prefix=""):
     """torch stacks W^Q, W^K and W^V, each (out, in), as the rows of one (3 d, d) matrix, head by head."""
     output = torch[prefix + "out_proj.weight"].T
@@ -68,9 +65,6 @@ def decoder_layer_params(torch, num_heads):
 def unpadded(key_padding_mask):
     """torch's mask (batch, m), True for padding -> (batch, 1, 1, m), True for "may attend"."""
     return ~key_padding_mask[:, None, None, :]
-
-
-# ---- The functions to compare, with torch's masks --------------------------------------------------------------------
 
 
 def multi_head_attention(params, masks, *inputs, attention):

@@ -19,8 +19,6 @@ from transformer_layer import decoder, encoder, init_decoder, init_decoder_layer
 MESHES = [(8, 1), (4, 2), (1, 8)]
 SMALL = ["was", "--d-ff", "64", "--num-heads", "2", "--batch-size", "16", "--steps", "30"]
 
-# ---- partition_specs -------------------------------------------------------------------------------------------------
-
 
 class OptimizerState(NamedTuple):
     """Like the state of an optax optimizer: attributes and lists, in which some leaves are named like parameters."""
@@ -44,9 +42,6 @@ def test_heads_and_d_ff_are_split_and_nothing_else(init):
         assert main.partition_specs(tree) == jax.tree.map(expected, tree)
     norm = layer["feed_forward_norm"]["scale"]
     assert main.partition_specs([norm, (norm,)]) == [P(), (P(),)]
-
-
-# ---- 8 devices -------------------------------------------------------------------------------------------------------
 
 
 def outputs(params, x, y):
@@ -106,9 +101,6 @@ def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
     assert count(gradient, "all-reduce") > (5 if shape[1] > 1 else 0)
     for name in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert count(forward, name) == count(gradient, name) == 0
-
-
-# ---- The program on many devices and in two processes ----------------------------------------------------------------
 
 
 def test_two_processes_learn_what_one_learns(monkeypatch):

@@ -33,8 +33,6 @@ def transformer(params, source, target, mask=None, **options):
 COMPILED = jax.jit(transformer, static_argnames="attention")
 EXPECTED = functools.cache(lambda: np.asarray(COMPILED(PARAMS, SOURCE, TARGET, MASK)))
 
-# ---- Transformations -------------------------------------------------------------------------------------------------
-
 
 def test_vmap_over_the_batch():
     """One sequence at a time under `jax.vmap` equals the batch."""
@@ -59,9 +57,6 @@ def test_new_values_do_not_compile_again():
         options = {"dropout_rng": jax.random.key(seed), "dropout_rate": 0.1 + seed / 10}
         traced(params, SOURCE + seed, TARGET - seed, mask, **options)
     assert len(traces) == 1
-
-
-# ---- Dtypes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -96,9 +91,6 @@ def test_matrix_products_run_in_the_dtype_of_the_inputs(attention, dtype, name):
         assert set(matrix_products(function, *3 * [inputs[1]])) == {(name, name, "f32")}
 
 
-# ---- Meshes of devices -----------------------------------------------------------------------------------------------
-
-
 @many_devices
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
@@ -118,9 +110,6 @@ def test_attention_on_a_mesh(attention, kind):
     for actual, expected in zip(split, gradient(function)(*inputs), strict=True):
         assert actual.sharding.spec[:2] == ("data", "model")
         np.testing.assert_allclose(actual, expected, atol=2e-6)
-
-
-# ---- Extreme contents and shapes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])

@@ -58,29 +58,6 @@ def test_shapes_and_dtypes(params, name, lead, dtype):
     assert output.dtype == dtype
 
 
-def test_parameter_names_and_shapes():
-    """W^Q of all heads is one array (d, h, k), W^O is (h, v, d), and stacks have a leading layer axis."""
-    attention = {"query": (D, H, 4), "key": (D, H, 4), "value": (D, H, 4), "output": (H, 4, D)}
-    feed_forward = {"w1": (D, F), "b1": (F,), "w2": (F, D), "b2": (D,)}
-    norm = {"scale": (D,), "bias": (D,)}
-    encoder_layer = {
-        "self_attention": attention,
-        "self_attention_norm": norm,
-        "feed_forward": feed_forward,
-        "feed_forward_norm": norm,
-    }
-    decoder_layer = {**encoder_layer, "cross_attention": attention, "cross_attention_norm": norm}
-
-    def shapes(init, *sizes):
-        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: init(RNG, *sizes)))
-
-    assert shapes(tl.init_encoder_layer, D, H, F) == encoder_layer
-    assert shapes(tl.init_decoder_layer, D, H, F) == decoder_layer
-    for init, layer in ((tl.init_encoder, encoder_layer), (tl.init_decoder, decoder_layer)):
-        stacked = jax.tree.map(lambda shape: (LAYERS, *shape), layer, is_leaf=lambda node: isinstance(node, tuple))
-        assert shapes(init, LAYERS, D, H, F) == stacked
-
-
 def test_initial_values():
     """Weights are Glorot-uniform, up to sqrt(6 / (rows + columns)) with all heads as one matrix; biases 0, scales 1."""
     params = jax.jit(lambda: tl.init_encoder_layer(RNG, 64, 8, 256))()
