@@ -70,7 +70,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
 
 # ---- FlashAttention --------------------------------------------------------------------------------------------------
 
-# The functions above are the complete algorithm. The rest of this file is efficiency: the same result without the n x m
+# The functions above are the complete algorithm. This section is efficiency: the same result without the n x m
 # matrix. The next four functions handle one head, cut into blocks; their n and m are the sizes of a query block and a
 # key block. `flash_attention` cuts the blocks and maps over batch and heads.
 
@@ -90,11 +90,11 @@ def _block_scores(query, key, mask, causal, i, j):
 
 
 def _forward(query, key, value, mask, causal):
-    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and the residuals for `_backward`.
+    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and what `_backward` needs.
 
-    For a query with scores s_j, Equation 1 is sum_j exp(s_j) v_j / sum_j exp(s_j). Both sums are accumulated block by
-    block. Since exp(s_j) can overflow, both use exp(s_j - maximum) with the largest score so far; the quotient is the
-    same. When a block raises the maximum, the running sums are rescaled by exp(old maximum - new maximum).
+    For a query with scores s_l, Equation 1 is (sum_l exp(s_l) v_l) / (sum_l exp(s_l)). Both sums are accumulated block
+    by block. Since exp(s_l) can overflow, both use exp(s_l - maximum) with the largest score so far; the quotient is
+    the same. When a block raises the maximum, the running sums are rescaled by exp(old maximum - new maximum).
     """
     num_blocks, n, _ = query.shape
     dtype = at_least_float32(query, key, value)
@@ -131,7 +131,7 @@ def _forward(query, key, value, mask, causal):
 def _backward(causal, saved, d_output):
     """Algorithm 2 of FlashAttention-2, with the loops of the forward pass: dQ, dK and dV, given dO.
 
-    The weights are recomputed: P = exp(scores - logsumexp). For the second product, dV = P^T dO and dP = dO V^T. The
+    The weights are recomputed: P = exp(scores - logsumexp). From O = P V follow dV = P^T dO and dP = dO V^T. The
     gradient with respect to Q K^T is dS = P * (dP - D) / sqrt(d_k), where D = rowsum(P * dP) equals rowsum(dO * O) and
     needs no n x m matrix. Then dQ = dS K and dK = dS^T Q.
     """
@@ -190,8 +190,8 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
     Arguments, result and errors are as in `scaled_dot_product_attention`. Memory is linear in n and m, except for a
     mask with n rows. `causal=True` skips the blocks above the diagonal, about half the work. A block has at most
-    block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU. Not supported: `jax.jvp`, and
-    the gradient of a causal gradient. Use `scaled_dot_product_attention` instead.
+    block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU. It does not
+    support `jax.jvp` or, if causal, the gradient of a gradient; use `scaled_dot_product_attention` for these.
     Also raises ValueError if block_size is not a Python int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)

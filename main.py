@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from attention import attention_weights, scaled_dot_product_attention
 from transformer_layer import decoder, decoder_layer, encoder, init_decoder, init_encoder
 
-START = 0  # the token that begins every target
+START = 0  # the first token of the decoder's input
 SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # token i is SYMBOLS[i]: START, then printable ASCII
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
 LABEL_SMOOTHING = 0.1  # section 5.4
@@ -70,7 +70,7 @@ def embed(params, tokens):
 
 
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
-    """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s). Position i predicts token i + 1.
+    """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s), each for the token after target[i].
 
     mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. Options are attention and
     dropout_rate, as in `encoder_layer`. Unlike in section 5.4, embeddings have no dropout.
@@ -105,7 +105,7 @@ def generate(params, source):
         def layer(x, params_and_cache):
             layer_params, layer_cache = params_and_cache
 
-            # The second use of `attention` as an argument: this one keeps the keys and values of earlier positions.
+            # `attention` is an argument: this one also keeps the keys and values of earlier positions.
             def cached_attention(query, key, value, mask=None, *, causal=False):
                 nonlocal layer_cache
                 if causal:  # self-attention, of position i
@@ -219,9 +219,10 @@ def partition_specs(params):
 
 
 def random_strings(generator, batch_size, length):
-    """Random strings, as tokens (batch_size, length), each with at most 8 symbols. generator: a numpy.random.Generator.
+    """Random strings of at most 8 different symbols. Returns tokens (batch_size, length).
 
     Symbols repeat, so the previous symbol does not determine the next, and the model must look at positions.
+    generator: a `numpy.random.Generator`.
     """
     symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
     return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
@@ -246,16 +247,18 @@ def parse_arguments():
         description="Initialize a Transformer, run it, train it to reverse strings, then reverse TEXT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("text", metavar="TEXT", nargs="*", default=["attention is all you need"], help="in quotes")
+    parser.add_argument(
+        "text", metavar="TEXT", nargs="*", default=["attention is all you need"], help="the text to reverse, in quotes"
+    )
     parser.add_argument("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
-    parser.add_argument("--num-heads", type=int, default=4, help="number h of attention heads, must divide --d-model")
-    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model, must be even")
+    parser.add_argument("--num-heads", type=int, default=4, help="number h of attention heads (must divide --d-model)")
+    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model (must be even)")
     parser.add_argument("--d-ff", type=int, default=128, help="inner dimension of the feed-forward network")
     parser.add_argument("--batch-size", type=int, default=16, help="strings per training step")
     parser.add_argument("--steps", type=int, default=320, help="number of training steps")
     parser.add_argument("--warmup-steps", type=int, default=400, help="steps of learning rate warm-up (Equation 3)")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--model-parallel", type=int, default=1, help="devices that split heads and d_ff")
+    parser.add_argument("--model-parallel", type=int, default=1, help="number of devices that share heads and d_ff")
     parser.add_argument("--distributed", action="store_true", help="join the processes started by mpirun or srun")
     arguments = parser.parse_args()
 
@@ -268,7 +271,7 @@ def parse_arguments():
             least, flag = int(name not in ("steps", "seed")), f"--{name.replace('_', '-')}"
             require(least <= value < 2**31, f"{flag} must be from {least} to 2^31 - 1, got {value}")
     text, d_model, num_heads = arguments.text, arguments.d_model, arguments.num_heads
-    require(len(text) == 1, f'TEXT of several words needs quotes: "{" ".join(text)}"')
+    require(len(text) == 1, f'put TEXT in quotes if it has several words: "{" ".join(text)}"')
     arguments.text = text = text[0]
     require(1 <= len(text) <= 100, f"TEXT must have 1 to 100 characters, got {len(text)}")
     require(set(text) <= set(SYMBOLS[1:]), f"TEXT must be printable ASCII, got {text!a}")
@@ -278,7 +281,7 @@ def parse_arguments():
         try:
             jax.distributed.initialize()
         except ValueError:
-            parser.error("--distributed needs a launcher that JAX knows, such as mpirun or srun")
+            parser.error("--distributed: JAX found no launcher; use srun, or mpirun of Open MPI 4")
     devices, model_parallel, batch_size = jax.device_count(), arguments.model_parallel, arguments.batch_size
     for name, size in (("the number of devices", devices), ("--num-heads", num_heads), ("--d-ff", arguments.d_ff)):
         require(size % model_parallel == 0, f"--model-parallel must divide {name}, got {model_parallel} and {size}")
@@ -323,7 +326,7 @@ def main():
     state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
     train = jax.jit(train_step, out_shardings=(*state_shardings, replicated))
     write = jax.jit(generate, out_shardings=replicated)
-    fast_compilation = {"xla_backend_optimization_level": 0}  # for programs that take little time anyway
+    fast_compilation = {"xla_backend_optimization_level": 0}  # these programs run briefly: favor compile time
     update_mean = jax.jit(average, compiler_options=fast_compilation)
     weights_of = jax.jit(cross_attention_weights, out_shardings=replicated, compiler_options=fast_compilation)
     params, moments = jax.jit(init, out_shardings=state_shardings, compiler_options=fast_compilation)()
@@ -334,7 +337,7 @@ def main():
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
     print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
 
-    print("\n2. Forward pass: a batch of TEXT and random strings\n")
+    print("\n2. Forward pass: one batch, TEXT and random strings\n")
     print(f"source and target {source.shape!s:>16}\nlogits            {(*target.shape, len(SYMBOLS))!s:>16}")
     forward = jax.jit(model)
     for call in ("first call", "second call"):

@@ -1,8 +1,8 @@
 """Multi-head attention, the encoder and decoder layers of Figure 1, and their stacks (arXiv 1706.03762).
 
-Everything with parameters comes as two functions: `init_x(rng, sizes)` returns a dict of arrays, and
-`x(params, inputs)` is a pure function of it, which reads all sizes from their shapes. The axes, in shapes and einsum
-strings:
+Everything with parameters comes as two functions: for example, `init_encoder_layer(rng, ...)` returns a dict of arrays,
+and `encoder_layer(params, ...)` is a pure function that reads all sizes from their shapes. The axes, in shapes and
+einsum strings:
 
     ...  any leading (batch) axes      d  d_model
     n    query positions               h  heads
@@ -50,7 +50,7 @@ def multi_head_attention(params, query, key, value, mask=None, *, causal=False, 
     head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
 
     query (..., n, d), key (..., m, d), value (..., m, d), mask broadcasting to (..., h, n, m) -> (..., n, d). Masks
-    (batch, n, m), one per sequence, need a head axis: `mask[:, None]`. Without it, h masks are read as one per head.
+    (batch, n, m), one per sequence, need a head axis, `mask[:, None]`; otherwise batch is taken for the head axis.
     `attention` is any function with the signature of `scaled_dot_product_attention`.
     """
     query = _matching("query", query, "n d", params["query"], "d h k")
@@ -222,7 +222,7 @@ def _scan_layers(layer, params, x, dropout_rng):
     """Applies the layers one after another: `for p, rng in layers: x = layer(p, x, dropout_rng=rng)`.
 
     `jax.lax.scan(step, x, layers)` is this loop, compiled once for any number of layers. It iterates over the leading
-    axis of every array in `layers`; None stays None.
+    axis of every array in `layers`. Without dropout, each layer receives None.
     """
     scale = params["feed_forward_norm"]["scale"]
     if scale.ndim != 2:
@@ -262,7 +262,7 @@ def _matching(name, x, axes, weight, weight_axes):
     if weight.ndim != len(weight_axes.split()):
         raise ValueError(
             f"the weight applied to {name} must have the axes ({weight_axes}), got shape {weight.shape} "
-            "(one axis more: a stack of layers, for `encoder` or `decoder`)"
+            "(with a leading layer axis, call `encoder` or `decoder`)"
         )
     if x.ndim < len(axes.split()) or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"{name} must end in the axes ({axes}) with d = {weight.shape[0]}, got shape {x.shape}")

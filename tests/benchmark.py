@@ -2,7 +2,7 @@
 
     python tests/benchmark.py
 
-Contestants run in turn, round after round, so that a slow moment of the machine slows all of them. For each one, a row
+Contestants take turns in every round, so that a slow moment of the machine slows all of them. For each one, a row
 shows the median time ± half the range, the ratio to the first contestant's time, and the temporary memory that XLA
 plans. The time of a gradient includes the forward pass. flax and torch take part if they are installed. On a GPU, sizes
 are larger, and bfloat16 and cuDNN's attention are measured, too. A program that needs most of the device's memory (on a
@@ -79,16 +79,16 @@ def race(title, contestants, rounds):
 
 
 def compiled(function, *arguments):
-    """The compiled function, applied to the arguments, and its temporary memory in bytes."""
+    """The compiled function with these arguments, and its temporary memory in bytes."""
     executable = jax.jit(function).lower(*arguments).compile()
     return functools.partial(executable, *arguments), executable.memory_analysis().temp_size_in_bytes
 
 
 def race_forward_and_gradient(title, contestants, torch_contestant, rounds):
-    """Races {name: (function, *arguments)}, forward, and the gradient with respect to the first argument.
+    """Races the forward passes of {name: (function, *arguments)}, then gradients with respect to the first argument.
 
-    The gradient is that of the sum of squares. `torch_contestant()` returns PyTorch's function without arguments, and
-    the tensors of its gradient.
+    The gradient is that of the sum of squares. `torch_contestant()` returns a function of PyTorch without arguments,
+    and the tensors to differentiate with respect to.
     """
     forward, gradient = {}, {}
     for name, (function, *arguments) in contestants.items():

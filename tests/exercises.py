@@ -2,7 +2,7 @@
 
     python -m pytest tests/exercises.py -k rotary -s
 
-pytest does not collect this file by itself. With -s, it shows the output of the checks that print something.
+A plain `pytest` does not collect this file. With -s, it shows the output of the checks that print something.
 """
 
 import itertools
@@ -55,7 +55,7 @@ def test_gpt_continues_the_title_of_the_paper():
 def test_rotary_scores_depend_on_the_distance():
     """Exercise 7. attention.rotary(x, start=0) rotates x (..., n, k), a query or key; its first position is `start`.
 
-    Which elements of x form a pair is free: neighbors as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
+    You may pair neighbors, as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
     are as in section 3.5.
     """
     query, key = arrays((2, 5, 8), (2, 5, 8))
@@ -76,9 +76,9 @@ def test_rotary_scores_depend_on_the_distance():
 
 
 def test_grouped_query_attention_equals_jax_nn():
-    """Exercise 8. init_multi_head_attention(rng, d_model, num_heads, num_key_heads): key, value (d, num_key_heads, k).
+    """Exercise 8. init_multi_head_attention(rng, d_model, num_heads, num_key_heads=None): key (d, num_key_heads, k).
 
-    multi_head_attention needs no new argument. Query heads 0, 1, ... share key head 0, the next ones key head 1.
+    multi_head_attention needs no new argument. Consecutive query heads share a key head: here, 0 to 2 share key head 0.
     """
     params = random_params(tl.init_multi_head_attention, 12, 6, 2)
     assert [params[name].shape for name in ("query", "key", "value")] == [(12, 6, 2), (12, 2, 2), (12, 2, 2)]
@@ -97,8 +97,8 @@ def test_grouped_query_attention_equals_jax_nn():
 def test_beam_search_finds_better_strings():
     """Exercise 9. main.beam_search(params, source, beam_size): source (m,) -> best target (m,) found, and its score.
 
-    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it never writes START and runs
-    under `jax.jit`.
+    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it works
+    under `jax.jit` and never generates START.
     """
     vocab_size, length = 5, 4
     params = jax.jit(lambda: main.init_model(jax.random.key(0), vocab_size, 2, 16, 2, 16))()

@@ -51,12 +51,12 @@ def test_flash_equals_plain(query, key, value, block_size, mask, causal):
 
 
 def test_fully_masked_queries_output_zeros():
-    """A fully masked query outputs exact zeros and has a zero gradient, also if whole blocks are masked."""
+    """A fully masked query outputs exact zeros and has a zero gradient, even if whole blocks are masked."""
     query, key, value = arrays((6, 4), (6, 4), (6, 4))
     mask = np.ones((6, 6), bool)
     mask[1] = False
-    mask[4, :5] = False  # row 4 attends only to the last block, and only to itself there
-    weight = np.eye(6, 4, -1, np.float32)  # nonzero from row 1 on
+    mask[4, :4] = False  # row 4 attends only to itself, in the last block
+    weight = np.eye(6, 4, -1, np.float32)  # nonzero in rows 1 to 4
     results = both(query, key, value, mask, weight, True, 2)
     assert not np.any(np.asarray(results[0][0])[1])
     for actual, expected in zip(*results, strict=True):
@@ -174,7 +174,7 @@ def test_causal_attention_skips_blocks(monkeypatch, causal):
 
 
 def test_calls_outside_jit_compile_once(caplog):
-    """From the second call with the same shapes on, nothing is compiled, with or without gradients."""
+    """The third call with the same shapes compiles nothing, with or without gradients."""
     x = arrays((2, 9, 4))[0]
 
     def attend(x):

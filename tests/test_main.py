@@ -24,7 +24,7 @@ SOURCE, TARGET = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), np.array([[2, 7, 
 
 @pytest.fixture(scope="module")
 def params():
-    """A model with a vocabulary of 11 tokens and two layers, with normal random numbers."""
+    """A model with a vocabulary of 11 tokens and two layers, with normally distributed parameters."""
     return random_params(main.init_model, 11, 2, 8, 2, 16)
 
 
@@ -69,7 +69,7 @@ def test_generate_writes_what_the_whole_model_would(lead, length, layers, heads)
     source = np.random.default_rng(1).integers(1, 11, (*lead, length))
     target = jax.jit(main.generate)(params, source)
     logits = np.array(jax.jit(main.model)(params, source, main.shift_right(target)))
-    if length > 1:  # a test of tokens that differ, with START among them
+    if length > 1:  # otherwise the test would prove little
         assert len(np.unique(target)) > 3
         assert (logits.argmax(axis=-1) == main.START).any()
     logits[..., main.START] = -np.inf
@@ -181,7 +181,7 @@ def test_the_default_run_reverses_a_text_it_never_saw(default_run):
 
 
 def test_readme_shows_this_run(default_run):
-    """Each line that README shows of the output is in this run, in order, except for numbers that vary."""
+    """Each line of output in README is in this run, in order, except for numbers that vary."""
 
     def without_numbers(line):
         line = re.sub(r"(?<=%)  .*", "", line)  # the output of a half-trained model
@@ -242,7 +242,7 @@ def test_a_closed_pipe():
         (["naïve"], r"TEXT must be printable ASCII, got 'na\xefve'"),
         ([""], "TEXT must have 1 to 100 characters, got 0"),
         (["x" * 101], "TEXT must have 1 to 100 characters, got 101"),
-        (["two", "words"], 'TEXT of several words needs quotes: "two words"'),
+        (["two", "words"], 'put TEXT in quotes if it has several words: "two words"'),
         (["--d-ff", "0"], "--d-ff must be from 1 to 2^31 - 1, got 0"),
         (["--steps", "-1"], "--steps must be from 0 to 2^31 - 1, got -1"),
         (["--seed", "2147483648"], "--seed must be from 0 to 2^31 - 1, got 2147483648"),
@@ -253,7 +253,7 @@ def test_a_closed_pipe():
         (["--model-parallel", "8"], "--model-parallel must divide --num-heads, got 8 and 4"),
         (["--model-parallel", "4", "--d-ff", "6"], "--model-parallel must divide --d-ff, got 4 and 6"),
         (["--batch-size", "12"], "--batch-size must be a multiple of 8 (devices / --model-parallel), got 12"),
-        (["--distributed"], "--distributed needs a launcher that JAX knows, such as mpirun or srun"),
+        (["--distributed"], "--distributed: JAX found no launcher; use srun, or mpirun of Open MPI 4"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, arguments, message):

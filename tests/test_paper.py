@@ -153,7 +153,7 @@ def test_3_2_1_attention_is_equation_1():
 
 @pytest.mark.parametrize("d_k", [8, 64])
 def test_3_2_1_the_scale_reduces_the_variance_of_q_k_from_d_k_to_1(d_k):
-    """Section 3.2.1, footnote 4: for components of mean 0 and variance 1, q . k has variance d_k, with the scale 1.
+    """Section 3.2.1, footnote 4: for components of mean 0 and variance 1, q . k has variance d_k; after scaling, 1.
 
     Each query has two keys: k, and zeros, whose score is 0. The log of the ratio of the two weights is the score of k.
     """

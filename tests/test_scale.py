@@ -88,9 +88,9 @@ def test_many_devices_agree_with_one(shape):
 @many_devices
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
-    """The forward pass has one all-reduce for each sub-layer, 2 and 3, and none if no parameters are split.
+    """The two loop bodies have one all-reduce for each sub-layer, 2 and 3, and none if no parameters are split.
 
-    Neither it nor the gradient has another collective, so no weight is gathered. The gradient is summed over "data".
+    There is no other collective, so no weight is gathered. The gradient is also summed over "data".
     """
     forward, gradient, _ = programs(shape)
 
@@ -104,7 +104,7 @@ def test_the_program_sums_after_each_sublayer_and_gathers_nothing(shape):
 
 
 def test_two_processes_learn_what_one_learns(monkeypatch):
-    """Two processes with two devices each, started with Slurm's variables like `srun`, have one process's losses.
+    """Two processes with two devices each, started with the variables of `srun`, have the same losses as one process.
 
     Only the first one prints.
     """

@@ -1,4 +1,4 @@
-"""Transformations, dtypes, meshes, and extreme contents: the same results under each of them."""
+"""The same results under transformations, in other dtypes and on meshes, and sensible ones at extremes."""
 
 import functools
 import re
@@ -148,7 +148,7 @@ def test_huge_scores_give_no_nan(attention):
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
 @pytest.mark.parametrize(("batch", "n", "m"), [(2, 1, 1), (0, 3, 3), (2, 3, 0), (2, 0, 3)])
 def test_smallest_shapes(attention, batch, n, m):
-    """One position is its own value; an empty batch, zero keys or zero queries give an empty or zero output."""
+    """A single key outputs its value; an empty batch, zero keys or zero queries give an empty or zero output."""
     query, key, value = arrays((batch, n, 4), (batch, m, 4), (batch, m, 6))
     output = jax.jit(attention)(query, key, value)
     assert output.shape == (batch, n, 6)

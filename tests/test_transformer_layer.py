@@ -134,8 +134,8 @@ BAD_VALUES = {
     "mask must broadcast to (..., n, m) = (2, 3, 5, 5), got shape (2, 5, 5)": lambda p: tl.encoder(
         p["encoder"], X, jnp.ones((2, N, N), bool)
     ),
-    "the weight applied to query must have the axes (d h k), got shape (3, 12, 3, 4) (one axis more": lambda p: (
-        tl.encoder_layer(p["encoder"], X)
+    "the weight applied to query must have the axes (d h k), got shape (3, 12, 3, 4)": lambda p: tl.encoder_layer(
+        p["encoder"], X
     ),
     "a stack needs parameters with a leading layer axis": lambda p: tl.encoder(p["encoder_layer"], X),
     "the dropout rate must be at least 0 and below 1, got 1.0": lambda p: tl.encoder(p["encoder"], X, dropout_rate=1.0),
