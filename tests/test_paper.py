@@ -215,21 +215,25 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
 
 
 def test_3_2_3_encoder_attends_to_all_positions():
-    """Section 3.2.3: each encoder position can attend to all positions, and with causal=True only up to itself."""
-    params = random_params(tl.init_encoder, *SIZES)
+    """Section 3.2.3: each encoder position can attend to all positions, and with causal=True only up to itself.
+
+    A position always depends on itself, through the residual connection, but here no other one attends to position 1.
+    """
+    params, mask = random_params(tl.init_encoder, *SIZES), np.arange(N) != 1
     np.testing.assert_array_equal(depends(lambda x: tl.encoder(params, x), X)[0], np.ones((N, N)))
-    np.testing.assert_array_equal(depends(lambda x: tl.encoder(params, x, causal=True), X)[0], np.tri(N))
+    causal = depends(lambda x: tl.encoder(params, x, mask, causal=True), X)
+    np.testing.assert_array_equal(causal[0], np.tri(N) * mask + np.diag(~mask))
 
 
 def test_3_2_3_decoder_attends_to_its_past_and_to_the_memory():
     """Section 3.2.3: each decoder position attends to all positions up to and including itself, and to all the memory.
 
-    Here, the last three positions of the memory are padding. In the stack, a position depends on itself through the
-    residual connection, so check causal attention alone, too.
+    Here, the last three positions of the memory are padding, and no other position attends to position 1. In the stack,
+    a position depends on itself through the residual connection, so check causal attention alone, too.
     """
-    params, memory_mask = random_params(tl.init_decoder, *SIZES), padding_mask(M - 3, M)
-    on_x, on_memory = depends(lambda x, memory: tl.decoder(params, x, memory, memory_mask=memory_mask), X, MEMORY)
-    np.testing.assert_array_equal(on_x, np.tri(N))
+    params, mask, memory_mask = random_params(tl.init_decoder, *SIZES), np.arange(N) != 1, padding_mask(M - 3, M)
+    on_x, on_memory = depends(lambda x, memory: tl.decoder(params, x, memory, mask, memory_mask), X, MEMORY)
+    np.testing.assert_array_equal(on_x, np.tri(N) * mask + np.diag(~mask))
     np.testing.assert_array_equal(on_memory, N * [[1, 1, 1, 1, 0, 0, 0]])
     causal = depends(lambda value: scaled_dot_product_attention(X, X, value, causal=True), X)
     np.testing.assert_array_equal(causal[0], np.tri(N))

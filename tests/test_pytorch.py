@@ -91,7 +91,7 @@ def decoder_layer(params, masks, x, memory, attention):
     return tl.decoder_layer(params, x, memory, *padding, attention=attention)
 
 
-# Blocks of 3 positions: several blocks, and the last one is padded.
+# With blocks of at most 3 positions there are several, and most lengths need padding.
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, functools.partial(flash_attention, block_size=3)])
 @pytest.mark.parametrize(
     ("case", "params_from_torch", "function"),

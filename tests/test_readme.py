@@ -28,9 +28,10 @@ def test_ci_runs_the_first_commands():
 
 def test_excerpts_are_in_the_source():
     """README shows the equations as they are in the files."""
-    assert len(BLOCKS["py"]) == 2
-    for excerpt in "\n".join(BLOCKS["py"]).split("\n\n"):
-        assert excerpt in SOURCE
+    excerpts = "\n".join(BLOCKS["py"]).split("\n\n")
+    assert len(excerpts) == 3
+    for excerpt in excerpts:
+        assert f"\n{excerpt.rstrip()}\n" in SOURCE
 
 
 def test_links_and_names():

@@ -111,9 +111,9 @@ def test_two_processes_learn_what_one_learns(monkeypatch):
     with socket.socket() as listener:  # JAX derives the port from the Slurm job ID, so use a free port as the ID
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
+    flags = re.sub(r"--\S+device_count=\d+", "", os.environ["XLA_FLAGS"])
     slurm = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **slurm}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2", **slurm}
     arguments = *SMALL, "--model-parallel", "2", "--distributed"
     first, second = finished(*(start(*arguments, SLURM_PROCID=i, SLURM_LOCALID=i, **environment) for i in ("0", "1")))
 
