@@ -247,9 +247,7 @@ def parse_arguments():
         description="Initialize a Transformer, run it, train it to reverse strings, then reverse TEXT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "text", metavar="TEXT", nargs="*", default=["attention is all you need"], help="the text to reverse, in quotes"
-    )
+    parser.add_argument("TEXT", nargs="*", default=["attention is all you need"], help="text to reverse, in quotes")
     parser.add_argument("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
     parser.add_argument("--num-heads", type=int, default=4, help="number h of attention heads (must divide --d-model)")
     parser.add_argument("--d-model", type=int, default=64, help="dimension of the model (must be even)")
@@ -270,7 +268,7 @@ def parse_arguments():
         if type(value) is int:
             least, flag = int(name not in ("steps", "seed")), f"--{name.replace('_', '-')}"
             require(least <= value < 2**31, f"{flag} must be from {least} to 2^31 - 1, got {value}")
-    text, d_model, num_heads = arguments.text, arguments.d_model, arguments.num_heads
+    text, d_model, num_heads = arguments.TEXT, arguments.d_model, arguments.num_heads
     require(len(text) == 1, f'put TEXT in quotes if it has several words: "{" ".join(text)}"')
     arguments.text = text = text[0]
     require(1 <= len(text) <= 100, f"TEXT must have 1 to 100 characters, got {len(text)}")
