@@ -105,7 +105,7 @@ def layer_norm(params, x, epsilon=1e-5):
     x = _matching("x", x, "d", params["scale"], "d")
     centered = x.astype(at_least_float32(x))
     centered -= centered.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+    variance = (centered * centered).mean(axis=-1, keepdims=True)
     return (centered * jax.lax.rsqrt(variance + epsilon) * params["scale"] + params["bias"]).astype(x.dtype)
 
 
