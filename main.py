@@ -108,7 +108,7 @@ def generate(params, source):
             # `attention` is an argument: this one also keeps the keys and values of earlier positions.
             def cached_attention(query, key, value, mask=None, *, causal=False):
                 nonlocal layer_cache
-                if causal:  # self-attention, of position i
+                if causal:  # self-attention; query, key and value are those of position i
                     layer_cache = layer_cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
                     key, value = layer_cache
                     mask = jnp.arange(length) <= i
@@ -131,7 +131,7 @@ def cross_attention_weights(params, source, target):
     memory = encoder(params["encoder"], embed(params, source))
 
     def layer(x, layer_params):
-        recorded = []
+        recorded = []  # filled while tracing; from outside, the function is pure
 
         def recording_attention(query, key, value, mask=None, *, causal=False):
             recorded.append(attention_weights(query, key, mask, causal=causal))

@@ -18,7 +18,7 @@ SOURCE = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
 BLOCKS = {kind: [] for kind in ("sh", "py", "python", "text")}
 for kind, text in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
     BLOCKS[kind].append(text)
-COMMANDS = re.findall(r"`(python [^`]+)`", README) + re.findall(r"\bpython main\.py .*", "".join(BLOCKS["sh"]))
+COMMANDS = re.findall(r"`[^`\n]*\b(python [^`\n]+)`", README)
 
 
 def test_ci_runs_the_first_commands():
