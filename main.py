@@ -337,6 +337,7 @@ def main():
 
     print("\n2. Forward pass: one batch, TEXT and random strings\n")
     print(f"source and target {source.shape!s:>16}\nlogits            {(*target.shape, len(SYMBOLS))!s:>16}")
+    print(f"devices           {tuple(mesh.shape.values())!s:>16}  (data, model)")
     forward = jax.jit(model)
     for call in ("first call", "second call"):
         start = time.perf_counter()

@@ -201,6 +201,7 @@ def test_flags_seed_and_encoding(monkeypatch):
         "(2, 16, 2, 8)",  # layers, d_model, heads, d_k
         "(2, 16, 24)",  # layers, d_model, d_ff
         "(8, 5, 96)",  # logits: batch size, length, vocab_size
+        f"({jax.device_count()}, 1)  (data, model)\n",
         "step     7  loss",
         "exact matches: 0/8 (final parameters), 0/8 (average of the last 7 steps)",
         "  Hello              Hello\n",
