@@ -90,7 +90,7 @@ def _block_scores(query, key, mask, causal, i, j):
 
 
 def _forward(query, key, value, mask, causal):
-    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and what `_backward` needs.
+    """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and the values saved for `_backward`.
 
     For a query with scores s_l, Equation 1 is (sum_l exp(s_l) v_l) / (sum_l exp(s_l)). Both sums are accumulated block
     by block. Since exp(s_l) can overflow, both use exp(s_l - maximum) with the largest score so far; the quotient is

@@ -108,7 +108,7 @@ def generate(params, source):
             # `attention` is an argument: this one also keeps the keys and values of earlier positions.
             def cached_attention(query, key, value, mask=None, *, causal=False):
                 nonlocal layer_cache
-                if causal:  # self-attention; query, key and value are those of position i
+                if causal:  # self-attention; query, key and value belong to position i
                     layer_cache = layer_cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
                     key, value = layer_cache
                     mask = jnp.arange(length) <= i

@@ -87,8 +87,8 @@ def compiled(function, *arguments):
 def race_forward_and_gradient(title, contestants, torch_contestant, rounds):
     """Races the forward passes of {name: (function, *arguments)}, then gradients with respect to the first argument.
 
-    The gradient is that of the sum of squares. `torch_contestant()` returns a function of PyTorch without arguments,
-    and the tensors to differentiate with respect to.
+    Differentiates the sum of squares. `torch_contestant()` returns a function of PyTorch without arguments, and the
+    tensors to differentiate with respect to.
     """
     forward, gradient = {}, {}
     for name, (function, *arguments) in contestants.items():

@@ -47,7 +47,7 @@ def start(*arguments, **environment):
 
 
 def finished(*processes):
-    """Waits for the processes to succeed, and returns what they printed."""
+    """Waits for the processes to succeed, and returns their outputs."""
     try:
         outputs = [process.communicate(timeout=180) for process in processes]
     finally:
