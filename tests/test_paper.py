@@ -119,6 +119,9 @@ def depends(function, *inputs):
     return [(np.asarray(jacobian) != 0).any(axis=(1, 3)) for jacobian in jacobians]
 
 
+# ---- The claims, in the order of the paper ---------------------------------------------------------------------------
+
+
 def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
     """Section 3.1: the output of each sub-layer is LayerNorm(x + Sublayer(x)), in the encoder and in the decoder.
 
