@@ -92,9 +92,10 @@ def _block_scores(query, key, mask, causal, i, j):
 def _forward(query, key, value, mask, causal):
     """Algorithm 1 of FlashAttention-2. Returns the output (blocks, n, v) and the values saved for `_backward`.
 
-    For a query with scores s_l, Equation 1 is (sum_l exp(s_l) v_l) / (sum_l exp(s_l)). Both sums are accumulated block
-    by block. Since exp(s_l) can overflow, both use exp(s_l - maximum) with the largest score so far; the quotient is
-    the same. When a block raises the maximum, the running sums are rescaled by exp(old maximum - new maximum).
+    For a query with a score s_l for each key l, Equation 1 is (sum_l exp(s_l) v_l) / (sum_l exp(s_l)). Both sums are
+    accumulated block by block. Since exp(s_l) can overflow, both use exp(s_l - maximum) with the largest score so far;
+    the quotient is the same. When a block raises the maximum, the running sums are rescaled by
+    exp(old maximum - new maximum).
     """
     num_blocks, n, _ = query.shape
     dtype = at_least_float32(query, key, value)
@@ -190,8 +191,8 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
     Arguments, result and errors are as in `scaled_dot_product_attention`. Memory is linear in n and m, except for a
     mask with n rows. `causal=True` skips the blocks above the diagonal, about half the work. A block has at most
-    block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU. It does not
-    support `jax.jvp` or, if causal, the gradient of a gradient; use `scaled_dot_product_attention` for these.
+    block_size queries and block_size keys: 512 is good on a CPU, 1,024 or 2,048 on a GPU. `jax.jvp` and, if causal, the
+    gradient of a gradient are not supported; for these, use `scaled_dot_product_attention`.
     Also raises ValueError if block_size is not a Python int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)

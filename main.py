@@ -70,8 +70,9 @@ def embed(params, tokens):
 
 
 def model(params, source, target, mask=None, *, dropout_rng=None, **options):
-    """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s), each for the token after target[i].
+    """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s).
 
+    Position i scores the token that follows target tokens 0 to i; for training, `shift_right` makes such a target.
     mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. Options are attention and
     dropout_rate, as in `encoder_layer`. Unlike in section 5.4, embeddings have no dropout.
     """

@@ -41,7 +41,6 @@ CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
 CALLS = 1 if CPU else 50  # calls per measurement; on a GPU many, so that the next one is always queued
 MEMORY = 0.8 * (DEVICE.memory_stats() or {}).get("bytes_limit", 5e9)  # leaves room for arguments and results
 
-
 if torch and not CPU and not torch.cuda.is_available():
     torch = None  # it cannot use the device that JAX uses
 if torch:

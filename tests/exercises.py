@@ -55,8 +55,7 @@ def test_gpt_continues_the_title_of_the_paper():
 def test_rotary_scores_depend_on_the_distance():
     """Exercise 7. attention.rotary(x, start=0) rotates x (..., n, k), a query or key; its first position is `start`.
 
-    You may pair neighbors, as in the paper, or x[..., i] and x[..., i + k / 2]. The angles
-    are as in section 3.5.
+    You may pair neighbors, as in the paper, or x[..., i] and x[..., i + k / 2]. The angles are as in section 3.5.
     """
     query, key = arrays((2, 5, 8), (2, 5, 8))
 
@@ -97,8 +96,8 @@ def test_grouped_query_attention_equals_jax_nn():
 def test_beam_search_finds_better_strings():
     """Exercise 9. main.beam_search(params, source, beam_size): source (m,) -> best target (m,) found, and its score.
 
-    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it works
-    under `jax.jit` and never generates START.
+    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it works under `jax.jit` and
+    never generates START.
     """
     vocab_size, length = 5, 4
     params = jax.jit(lambda: main.init_model(jax.random.key(0), vocab_size, 2, 16, 2, 16))()

@@ -126,6 +126,13 @@ def test_large_scores(score):
     np.testing.assert_allclose(flashed[3], expected[3], rtol=0.02)
 
 
+def test_scores_below_the_range_of_float32():
+    """In float64, the running maximum starts below every finite score."""
+    with jax.enable_x64(True):
+        inputs = np.full((5, 1), -1e300), np.ones((5, 1)), np.arange(5.0)[:, None]
+        np.testing.assert_allclose(flash(*inputs, block_size=2), plain(*inputs), rtol=1e-12)
+
+
 def test_dtypes_mix():
     """value may have a different dtype than query and key."""
     with jax.enable_x64(True):
