@@ -51,9 +51,11 @@ def attention_weights(query, key, mask=None, *, causal=False):
     dtype = at_least_float32(query, key)  # accumulation dtype
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
     if causal:
-        mask = causal_mask(n) if mask is None else mask & causal_mask(n)
-    # `where=mask` is the paper's "setting to -infinity" before the softmax, but gives zeros when every key is masked.
-    return jax.nn.softmax(scores, axis=-1, where=mask)
+        mask &= causal_mask(n)
+    # The paper sets masked scores to -infinity. The smallest finite number gives the same weights, but no NaN in fully
+    # masked rows: there, the softmax gives equal weights, which are then set to 0.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(dtype).min), axis=-1)
+    return jnp.where(mask, weights, 0)
 
 
 def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
@@ -63,16 +65,16 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     of value. Fully masked queries output zeros. `causal` and errors are as in `attention_weights`.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
-    weights = attention_weights(query, key, mask, causal=causal).astype(value.dtype)
-    dtype = at_least_float32(value)
+    weights = attention_weights(query, key, mask, causal=causal).astype(jnp.result_type(query, key, value))
+    dtype = at_least_float32(weights)
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 
 
 # ---- FlashAttention --------------------------------------------------------------------------------------------------
 
 # The functions above are the complete algorithm. This section is efficiency: the same result without the n x m
-# matrix. The next four functions handle one head, cut into blocks; their n and m are the sizes of a query block and a
-# key block. `flash_attention` cuts the blocks and maps over batch and heads.
+# matrix. The next four functions handle one head, cut into blocks, with query, key and value in one dtype; their n and
+# m are the sizes of a query block and a key block. `flash_attention` cuts the blocks and maps over batch and heads.
 
 
 def _block_scores(query, key, mask, causal, i, j):
@@ -98,7 +100,7 @@ def _forward(query, key, value, mask, causal):
     exp(old maximum - new maximum).
     """
     num_blocks, n, _ = query.shape
-    dtype = at_least_float32(query, key, value)
+    dtype = at_least_float32(query)
 
     def attend(i, results):
         def add_block(j, sums):
@@ -108,7 +110,7 @@ def _forward(query, key, value, mask, causal):
             rescale = jnp.exp(maximum - new_maximum)
             exponentials = jnp.exp(scores - new_maximum)
             denominator = rescale * denominator + exponentials.sum(axis=-1, keepdims=True)
-            exponentials = exponentials.astype(value.dtype)  # as in `scaled_dot_product_attention`
+            exponentials = exponentials.astype(query.dtype)  # as in `scaled_dot_product_attention`
             block_sum = jnp.einsum("nm,mv->nv", exponentials, value[j], preferred_element_type=dtype)
             return new_maximum, denominator, rescale * weighted_sum + block_sum
 
@@ -118,11 +120,11 @@ def _forward(query, key, value, mask, causal):
         stop = i + 1 if causal else len(key)  # causal: skip the key blocks after i
         maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, add_block, sums)
         denominator = jnp.where(denominator == 0, 1, denominator)  # fully masked queries output 0 / 1
-        output = output.at[i].set((weighted_sum / denominator).astype(value.dtype))
+        output = output.at[i].set((weighted_sum / denominator).astype(query.dtype))
         return output, logsumexp.at[i].set(maximum + jnp.log(denominator))
 
     # `jnp.zeros_like(query)` has query's sharding; `jnp.zeros` does not.
-    output = jnp.zeros_like(query, shape=(num_blocks, n, value.shape[-1]), dtype=value.dtype)
+    output = jnp.zeros_like(query, shape=(num_blocks, n, value.shape[-1]))
     logsumexp = jnp.zeros_like(query, shape=(num_blocks, n, 1), dtype=dtype)
     # `fori_loop` compiles its body once. A Python loop would be unrolled, and every iteration compiled.
     output, logsumexp = jax.lax.fori_loop(0, num_blocks, attend, (output, logsumexp))
@@ -145,7 +147,7 @@ def _backward(causal, saved, d_output):
         weights = jnp.exp(_block_scores(query, key, mask, causal, i, j) - logsumexp[i])
         d_weights = jnp.einsum("nv,mv->nm", d_output[i], value[j], preferred_element_type=dtype)
         d_scores = weights * (d_weights - row_sums[i]) / math.sqrt(query.shape[-1])
-        weights, d_scores = weights.astype(value.dtype), d_scores.astype(query.dtype)
+        weights, d_scores = weights.astype(query.dtype), d_scores.astype(query.dtype)
         d_query = d_query.at[i].add(jnp.einsum("nm,mk->nk", d_scores, key[j], preferred_element_type=dtype))
         # dK and dV are summed transposed; otherwise XLA on CPU transposes the (n, m) block.
         d_key = d_key.at[j].add(jnp.einsum("nm,nk->km", d_scores, query[i], preferred_element_type=dtype))
@@ -158,8 +160,7 @@ def _backward(causal, saved, d_output):
 
     zeros = tuple(jnp.zeros_like(x, dtype=dtype) for x in (query, key.mT, value.mT))
     d_query, d_key, d_value = jax.lax.fori_loop(0, len(query), add_query_block, zeros)
-    d_key, d_value = d_key.mT.astype(key.dtype), d_value.mT.astype(value.dtype)
-    return d_query.astype(query.dtype), d_key, d_value, None  # a mask has no gradient
+    return *(x.astype(query.dtype) for x in (d_query, d_key.mT, d_value.mT)), None  # a mask has no gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -196,7 +197,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     Also raises ValueError if block_size is not a Python int of at least 1.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
-    if not isinstance(block_size, int) or block_size < 1:
+    if type(block_size) is not int or block_size < 1:
         raise ValueError(f"block_size must be a Python int of at least 1, got {block_size!r}")
 
     def one_head(query, key, value, mask):
@@ -206,8 +207,10 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
         return jax.lax.collapse(_flash(*blocks, causal), 0, 2)[: len(query)]  # (blocks, size, v) -> (n, v)
 
     # `jnp.vectorize` maps over the leading axes, which broadcast. In the mask, a is n or 1 and b is m or 1.
-    mask = jnp.atleast_2d(True if mask is None else mask)
-    return jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")(query, key, value, mask)
+    attend = jnp.vectorize(one_head, signature="(n,k),(m,k),(m,v),(a,b)->(n,v)")
+    dtype = jnp.result_type(query, key, value)
+    inputs = (x.astype(dtype) for x in (query, key, value))
+    return attend(*inputs, jnp.atleast_2d(mask)).astype(value.dtype)
 
 
 # ---- Dtypes and checks of arguments ----------------------------------------------------------------------------------
@@ -248,12 +251,13 @@ def _checked(query, key, value, mask, causal):
     except ValueError:
         shapes = ", ".join(str(x.shape) for x in (query, key, value))
         raise ValueError(f"the leading axes of query, key and value must broadcast, got shapes {shapes}") from None
-    if mask is not None:
-        mask = jnp.asarray(mask)
-        if mask.dtype != bool:
-            raise TypeError(f"mask must be boolean (True: may attend), got {mask.dtype}")
-        if not broadcasts_to(mask.shape, shape):
-            raise ValueError(f"mask must broadcast to (..., n, m) = {shape}, got shape {mask.shape}")
+    mask = jnp.asarray(True if mask is None else mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask must be boolean (True: may attend), got {mask.dtype}")
+    if not broadcasts_to(mask.shape, shape):
+        one_per_sequence = mask.ndim == 3 and broadcasts_to(mask[:, None].shape, shape)
+        hint = "; if it is one mask per sequence, add a head axis: mask[:, None]" if one_per_sequence else ""
+        raise ValueError(f"mask must broadcast to (..., n, m) = {shape}, got shape {mask.shape}{hint}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a Python bool (under jax.jit: static_argnames='causal'), got {causal!r}")
     if causal and n != m:

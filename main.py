@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention import attention_weights, scaled_dot_product_attention
+from attention import at_least_float32, attention_weights, scaled_dot_product_attention
 from transformer_layer import decoder, decoder_layer, encoder, init_decoder, init_encoder
 
 START = 0  # the first token of the decoder's input
@@ -49,8 +49,10 @@ def positional_encoding(length, d_model):
 def init_model(rng, vocab_size, num_layers, d_model, num_heads, d_ff):
     """The parameters of Figure 1: one embedding (s, d), the encoder and the decoder.
 
-    The embedding is normal with standard deviation 0.02, as in GPT.
+    The embedding is normal with standard deviation 0.02, as in GPT. Raises ValueError for sizes that do not match.
     """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     rngs = jax.random.split(rng, 3)
     return {
         "embedding": 0.02 * jax.random.normal(rngs[0], (vocab_size, d_model)),
@@ -85,7 +87,8 @@ def model(params, source, target, mask=None, *, dropout_rng=None, **options):
 
 def shift_right(target):
     """Section 3.1: shifts the targets right by one: START, then all tokens but the last. (..., n) -> (..., n)."""
-    return jnp.roll(jnp.asarray(target), 1, axis=-1).at[..., 0].set(START)
+    target = jnp.asarray(target)
+    return jnp.concatenate([jnp.full_like(target[..., :1], START), target[..., :-1]], axis=-1)
 
 
 def generate(params, source):
@@ -173,8 +176,8 @@ def adam(params, moments, gradient, step, rate):
 
     All keep their dtypes. float16 is not supported: EPSILON underflows in it.
     """
-    m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments["m"], gradient)
-    v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g**2, moments["v"], gradient)
+    m = jax.tree.map(lambda m, g: (BETA1 * m + (1 - BETA1) * g).astype(m.dtype), moments["m"], gradient)
+    v = jax.tree.map(lambda v, g: (BETA2 * v + (1 - BETA2) * g**2).astype(v.dtype), moments["v"], gradient)
 
     def update(p, m, v):
         return (p - rate * (m / (1 - BETA1**step)) / (jnp.sqrt(v / (1 - BETA2**step)) + EPSILON)).astype(p.dtype)
@@ -193,8 +196,16 @@ def train_step(params, moments, step, source, target, warmup_steps):
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean. Updates the mean of count - 1 sets of parameters with the count-th set."""
-    return jax.tree.map(lambda m, p: m + (p - m) / count, mean, params)
+    """Section 6.1: the running mean. Updates the mean of count - 1 sets of parameters with the count-th set.
+
+    Returns at least float32. The mean of 0 sets may be any pytree like params.
+    """
+
+    def update(m, p):
+        m = m.astype(at_least_float32(m, p))
+        return m + (p - m) / count
+
+    return jax.tree.map(update, mean, params)
 
 
 # ---- Many devices ----------------------------------------------------------------------------------------------------
@@ -204,14 +215,16 @@ def partition_specs(params):
     """Splits heads and d_ff over the mesh axis "model", as Megatron-LM does (arXiv 1909.08053); the rest is replicated.
 
     Returns a PartitionSpec for each leaf. Each device computes its own heads and hidden units, and XLA adds a sum over
-    devices after each sub-layer. Works for any pytree with arrays (or shapes) named like the parameters: a layer, a
-    stack, the model, optimizer state.
+    devices after each sub-layer. Works for any pytree in which the parameters have their names: a layer, a stack, the
+    model, optimizer state. Leaves with other names, or with too few axes for their name, are replicated.
     """
-    split_axis = {"query": -2, "key": -2, "value": -2, "output": -3, "w1": -1, "b1": -1, "w2": -2}
+    # Of a single layer: the axis to split, and the number of axes.
+    axes = {"query": (1, 3), "key": (1, 3), "value": (1, 3), "output": (0, 3), "w1": (1, 2), "b1": (0, 1), "w2": (0, 2)}
 
     def spec(path, leaf):
-        axis = split_axis.get(jax.tree_util.keystr(path[-1:], simple=True))
-        return P() if axis is None else P(*[None] * (leaf.ndim + axis), "model")  # None for each axis before it
+        axis, num_axes = axes.get(jax.tree_util.keystr(path[-1:], simple=True), (0, math.inf))
+        leading = np.ndim(leaf) - num_axes  # the axes of layers
+        return P(*[None] * (leading + axis), "model") if leading >= 0 else P()
 
     return jax.tree.map_with_path(spec, params)
 

@@ -9,9 +9,10 @@ einsum strings:
     m    key and value positions       k  d_k = d_model / h, the dimension of queries and keys
     f    d_ff                          v  d_v = d_k, the dimension of values
 
-Results have the dtype of the input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `causal` and
-`attention` are static: `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. Invalid arguments raise while
-tracing: ValueError for shapes and values, TypeError for dtypes.
+Results have the dtype of the input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `attention`
+and, if it is an argument, `causal` are static: `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`, but
+`jax.jit(decoder_layer, static_argnames="attention")`. Invalid arguments raise while tracing: ValueError for shapes and
+values, TypeError for dtypes.
 """
 
 import functools
@@ -112,14 +113,16 @@ def layer_norm(params, x, epsilon=1e-5):
 def dropout(rng, x, rate):
     """Section 5.4: sets each element to zero with probability `rate`, and divides the others by 1 - rate.
 
-    x (...) -> (...); the identity if rng is None. Raises ValueError for a rate outside [0, 1), unless it is traced.
+    x (...) -> (...); the identity if rng is None. Raises ValueError for a rate outside [0, 1), unless it is traced, and
+    TypeError if x is not floating point.
     """
+    x = as_floating("x", x)
     if not isinstance(rate, jax.core.Tracer) and not 0 <= rate < 1:
         raise ValueError(f"the dropout rate must be at least 0 and below 1, got {rate}")
     if rng is None:
         return x
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(keep, x.astype(at_least_float32(x)) / (1 - rate), 0).astype(x.dtype)
 
 
 # ---- Section 3.1, Figure 1: the two layers ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """flash_attention against scaled_dot_product_attention: the same results, with memory linear in n and m."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -133,17 +134,43 @@ def test_scores_below_the_range_of_float32():
         np.testing.assert_allclose(flash(*inputs, block_size=2), plain(*inputs), rtol=1e-12)
 
 
-def test_dtypes_mix():
-    """value may have a different dtype than query and key."""
+def test_a_wider_value():
+    """In float64, value and output may exceed the range of query and key, which are float32."""
     with jax.enable_x64(True):
         query, key = arrays((5, 4), (5, 4))
         (value,) = arrays((5, 6), dtype=jnp.float64)
         mask = np.arange(5)[:, None] != 2
-        for scale, v in ((1, value), (1e300, 1e300 * value), (1, value.astype(jnp.bfloat16))):
-            output, expected = flash(query, key, v, mask, block_size=2), plain(query, key, v, mask)
-            assert output.dtype == expected.dtype == v.dtype
-            tolerance = max(1e-6, 2 * float(jnp.finfo(v.dtype).eps) * abs(value).max())
-            np.testing.assert_allclose(output.astype(float) / scale, expected.astype(float) / scale, atol=tolerance)
+        output, expected = flash(query, key, 1e300 * value, mask, block_size=2), plain(query, key, value, mask)
+        assert output.dtype == expected.dtype == jnp.float64
+        np.testing.assert_allclose(output / 1e300, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(["float16", "bfloat16", "float32"], repeat=3)))
+def test_dtypes_mix(dtypes):
+    """query, key and value may differ in dtype. Output and gradients are those of float64, rounded only once.
+
+    The exception: if all three have the same half precision, the weights and their gradients are rounded to it, too.
+    Otherwise, gradients as small as 1e-6 lose nothing but what float16, with few bits for such numbers, cannot hold.
+    """
+    mask = np.arange(7) != np.arange(5)[:, None]
+    widest = jnp.result_type(*dtypes)
+
+    def output_and_gradients(attention, query, key, value, weight):
+        output, vjp = jax.vjp(lambda *qkv: attention(*qkv, mask), query, key, value)
+        return output, *vjp(weight)
+
+    with jax.enable_x64(True):
+        inputs = arrays((5, 4), (7, 4), (7, 6), (5, 6))
+        inputs[3] *= 1 if widest == jnp.float16 else 1e-6
+        inputs = [x.astype(dtype) for x, dtype in zip(inputs, (*dtypes, dtypes[2]), strict=True)]
+        expected = output_and_gradients(plain, *(x.astype(jnp.float64) for x in inputs))
+        for attention in (scaled_dot_product_attention, functools.partial(flash_attention, block_size=3)):
+            results = output_and_gradients(attention, *inputs)
+            for actual, exact, dtype in zip(results, expected, (dtypes[2], *dtypes), strict=True):
+                assert actual.dtype == dtype
+                eps, smallest = max(jnp.finfo(dtype).eps, jnp.finfo(widest).eps), jnp.finfo(dtype).smallest_subnormal
+                tolerance = 3 * float(eps) * abs(exact).max() + float(smallest)
+                np.testing.assert_allclose(actual.astype(float), exact, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -198,7 +225,7 @@ def test_calls_outside_jit_compile_once(caplog):
         assert compiled[2] == 0
 
 
-@pytest.mark.parametrize("block_size", [0, -1, 2.0])
+@pytest.mark.parametrize("block_size", [0, -1, 2.0, True])
 def test_bad_block_size(block_size):
     """A block size below one, or one that is not an integer, raises an error."""
     with pytest.raises(ValueError, match=f"block_size must be a Python int of at least 1, got {block_size}"):

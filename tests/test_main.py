@@ -12,7 +12,7 @@ import pytest
 import main
 import transformer_layer as tl
 from attention import attention_weights, padding_mask
-from common import finished, random_params, run_here, start
+from common import arrays, finished, random_params, run_here, start
 
 TEXT = "Never odd or even, 1234"
 SMALL = ["--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--batch-size", "8", "--steps", "7"]
@@ -32,6 +32,19 @@ def test_positional_encoding_needs_an_even_d_model():
     """Section 3.5: sines and cosines come in pairs."""
     with pytest.raises(ValueError, match=r"d_model must be even \(sines and cosines come in pairs\), got 5"):
         main.positional_encoding(4, 5)
+
+
+def test_an_empty_vocabulary():
+    """A model needs at least one token."""
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
+        main.init_model(jax.random.key(0), 0, 2, 8, 2, 16)
+
+
+def test_targets_of_length_zero(params):
+    """Shifted right, they remain empty. Their loss is a mean of nothing: NaN."""
+    empty = np.zeros((2, 0), int)
+    assert main.shift_right(empty).shape == (2, 0)
+    assert np.isnan(main.loss(params, SOURCE, empty))
 
 
 def test_a_padding_mask_equals_a_shorter_source(params):
@@ -133,6 +146,29 @@ def test_generate_keeps_the_dtype_of_its_source(params, dtype):
     """The target has the dtype of the source, under x64, too, and without a warning."""
     with jax.enable_x64(True):
         assert jax.eval_shape(main.generate, params, SOURCE.astype(dtype)).dtype == dtype
+
+
+def test_adam_keeps_dtypes_in_a_scan(params):
+    """Moments keep their dtype when gradients are wider, so that Adam can be the body of `jax.lax.scan`."""
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+
+    def step(state, i):
+        return main.adam(*state, params, i, 0.01), None
+
+    jax.eval_shape(lambda *state: jax.lax.scan(step, state, jnp.arange(1, 4)), half, main.init_adam(half))
+
+
+def test_average_of_half_precision_in_a_scan():
+    """Section 6.1: the mean of bfloat16 parameters is kept in float32, and can be the carry of `jax.lax.scan`."""
+    checkpoints = arrays((75, 100), dtype=jnp.bfloat16)[0] + 3
+
+    def step(mean, checkpoint_and_count):
+        return main.average(mean, *checkpoint_and_count), None
+
+    start = main.average(checkpoints[0], checkpoints[0], 1)
+    mean, _ = jax.lax.scan(step, start, (checkpoints[1:], jnp.arange(2, 76)))
+    assert mean.dtype == jnp.float32
+    np.testing.assert_allclose(mean, checkpoints.astype(jnp.float32).mean(axis=0), rtol=1e-5)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

@@ -44,6 +44,17 @@ def test_heads_and_d_ff_are_split_and_nothing_else(init):
     assert main.partition_specs([norm, (norm,)]) == [P(), (P(),)]
 
 
+@many_devices
+def test_leaves_that_only_share_a_name_are_replicated():
+    """Numbers, random keys, and arrays with too few axes get P(), whatever their names, and can be placed."""
+    leaves = {"b1": np.float32(0.9), "w1": 0.1, "w2": 3, "output": np.ones((8, 8)), "query": jax.random.key(0)}
+    leaves["key"] = jax.random.split(jax.random.key(0), (3, 2))
+    specs = main.partition_specs(leaves)
+    assert specs == dict.fromkeys(leaves, P())
+    mesh = jax.make_mesh((4, 2), ("data", "model"), 2 * (AxisType.Auto,), devices=jax.devices("cpu")[:8])
+    jax.device_put(leaves, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+
+
 def outputs(params, x, y):
     """Memory and output of an encoder and a decoder."""
     memory = encoder(params["encoder"], x)

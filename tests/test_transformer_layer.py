@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import transformer_layer as tl
+from attention import scaled_dot_product_attention
 from common import arrays, random_params
 
 D, H, F, N, M, LAYERS = 12, 3, 20, 5, 7, 3  # d_model, heads, d_ff, positions, positions of the memory, layers
@@ -105,6 +106,25 @@ def test_attention_is_an_argument(params):
     assert calls == [(*cross, False), *layers, *layers]
 
 
+def test_the_header_shows_static_arguments(params):
+    """The calls of `jax.jit` in the module's docstring, for an encoder layer and a decoder layer, work as they are."""
+    calls = re.findall(r"`(jax\.jit\((\w+), .*?\))`", " ".join(tl.__doc__.split()))
+    assert [name for _, name in calls] == ["encoder_layer", "decoder_layer"]
+    x, memory = x_and_memory()
+    for call_of_jit, name in calls:
+        layer = eval(call_of_jit, {"jax": jax, name: getattr(tl, name)})
+        inputs = (x, memory) if name == "decoder_layer" else (x,)
+        assert layer(params[name], *inputs, attention=scaled_dot_product_attention).shape == x.shape
+
+
+def test_dropout_rounds_once():
+    """In half precision, the elements that are kept are x / (1 - rate), rounded once."""
+    x = arrays((100,), dtype=jnp.bfloat16)[0]
+    dropped = tl.dropout(RNG, x, 0.1)
+    exact = (x.astype(jnp.float32) / 0.9).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(dropped, np.where(dropped == 0, 0, exact))
+
+
 def test_dropout_is_determined_by_the_key(params):
     """The same key drops the same elements, and another key drops others. A rate of 0, also as an int, drops none."""
     x, memory = x_and_memory()
@@ -131,8 +151,12 @@ BAD_VALUES = {
     "query must end in the axes (n d) with d = 12, got shape (12,)": lambda p: call("encoder", p, X[0, 0], None),
     "key must end in the axes (m d) with d = 12": lambda p: call("decoder", p, X, X[..., :7]),
     "the leading axes of memory must broadcast to x's": lambda p: call("decoder", p, X[0], X),
-    "mask must broadcast to (..., n, m) = (2, 3, 5, 5), got shape (2, 5, 5)": lambda p: tl.encoder(
+    "mask must broadcast to (..., n, m) = (2, 3, 5, 5), got shape (2, 5, 5); "
+    "if it is one mask per sequence, add a head axis: mask[:, None]": lambda p: tl.encoder(
         p["encoder"], X, jnp.ones((2, N, N), bool)
+    ),
+    "mask must broadcast to (..., n, m) = (3, 5, 5), got shape (2, 5, 5)\n": lambda p: tl.encoder(
+        p["encoder"], X[0], jnp.ones((2, N, N), bool)
     ),
     "the weight applied to query must have the axes (d h k), got shape (3, 12, 3, 4)": lambda p: tl.encoder_layer(
         p["encoder"], X
@@ -144,11 +168,13 @@ BAD_DTYPES = {
     "query must be floating point, got int32": lambda p: call("encoder", p, X.astype(int), None),
     "key must be floating point, got int32": lambda p: call("decoder", p, X, X.astype(int)),
     "mask must be boolean": lambda p: tl.encoder(p["encoder"], X, jnp.ones((N, N))),
+    "x must be floating point, got int32": lambda p: tl.dropout(RNG, X.astype(int), 0.1),
 }
 
 
 @pytest.mark.parametrize("message", [*BAD_VALUES, *BAD_DTYPES])
 def test_bad_input(params, message):
     """An invalid argument raises one error that names it, its value, and what it must be."""
-    with pytest.raises(ValueError if message in BAD_VALUES else TypeError, match=re.escape(message)):
+    with pytest.raises(ValueError if message in BAD_VALUES else TypeError) as raised:
         (BAD_VALUES | BAD_DTYPES)[message](params)
+    assert message in f"{raised.value}\n"
