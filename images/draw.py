@@ -29,6 +29,7 @@ INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#666666", "#0072b2", "#d55e00", "#0
 LIGHT = {GREY: "#ececec", BLUE: "#d6e8f4", ORANGE: "#fbe3d3", GREEN: "#d5efe6"}
 MONOSPACED = "DejaVu Sans Mono"
 HEADING = {"ha": "center", "weight": "bold", "size": 11}
+CAPTION = {"ha": "center", "va": "center", "color": GREY, "size": 8.5}
 plt.rcParams.update({"savefig.dpi": 200, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY})
 
 
@@ -72,11 +73,11 @@ def attention():
     box(axes, 1.65, 1.3, 3.14, "MatMul", code('jnp.einsum("...nk,...mk->...nm", query, key') + ", …)")
     arrow(axes, (1.15, 1.58), (1.15, 1.945), label="(n, m)")
     box(axes, 1.65, 2.225, 3.14, "Scale", code("/ math.sqrt(d_k)"))
-    arrow(axes, (1.15, 2.505), (1.15, 3.795), label="scores\n(n, m)")
-    box(axes, 2.48, 3.15, 1.48, "Mask (optional)", code("mask & causal_mask(n)"), GREY)
-    arrow(axes, (2.3, 3.43), (2.3, 3.795), label="applied by\nwhere=mask")
-    box(axes, 1.65, 4.075, 3.14, "SoftMax", code("jax.nn.softmax(scores, axis=-1, where=mask)"), ORANGE)
-    arrow(axes, (1.15, 4.355), (1.15, 4.72), label="weights (n, m)")
+    arrow(axes, (1.15, 2.505), (1.15, 2.87), label="scores (n, m)")
+    box(axes, 1.65, 3.15, 3.14, "Mask (optional)", code("jnp.where(mask, scores, jnp.finfo(dtype).min)"), GREY)
+    arrow(axes, (1.15, 3.43), (1.15, 3.795))
+    box(axes, 1.65, 4.075, 3.14, "SoftMax", code("jax.nn.softmax(") + "…, axis=-1)", ORANGE)
+    arrow(axes, (1.15, 4.355), (1.15, 4.72), label="weights (n, m), 0 where masked")
     box(axes, 1.65, 5.0, 3.14, "MatMul", code('jnp.einsum("...nm,...mv->...nv", weights, value') + ", …)")
     arrow(axes, (1.15, 5.28), (1.15, 5.95), label="(n, v)")
     arrow(axes, (3.5, 0.4), (3.5, 5.0), (3.22, 5.0))
@@ -249,7 +250,7 @@ def flash():
     left.spines[:].set_visible(False)
     left.set_title("one block at a time (causal)", weight="bold", size=11)
 
-    lengths = [512, 1024, 2048, 4096, 8192]
+    lengths = [512, 1024, 2048, 4096, 8192, 16_384, 32_768]
     plain = functools.partial(scaled_dot_product_attention, causal=True)
     jax_nn = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     blockwise = functools.partial(flash_attention, causal=True)
@@ -260,10 +261,12 @@ def flash():
     ):
         memory = [megabytes(attention, shape(n)) for n in lengths]
         right.plot(lengths, memory, "o-", color=color, linewidth=width, markersize=width + 3, label=name)
-    right.set(xscale="log", yscale="log", xlabel="sequence length n (8 heads, d_k = 64, float32)")
+    right.text(1500, 9, "up to here, the buffers of one\nblock (512 x 512) dominate", **CAPTION)
+    right.plot((2048, 2048), (14, memory[2]), color=GREY, linewidth=1)
+    right.set(xscale="log", yscale="log", ylim=(5, None), xlabel="sequence length n (8 heads, d_k = 64, float32)")
     right.set(ylabel="temporary memory of a gradient, MB")
-    right.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    right.set_yticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
+    right.set_xticks(lengths[::2], [f"{n:,}" for n in lengths[::2]])
+    right.set_yticks([10, 100, 1000, 10_000, 100_000], ["10", "100", "1,000", "10,000", "100,000"])
     right.minorticks_off()
     right.grid(color=LIGHT[GREY])
     right.spines[["top", "right"]].set_visible(False)

@@ -118,9 +118,9 @@ def jax_nn_attention(query, key, value, mask=None, *, causal=False, implementati
 cudnn_attention = functools.partial(jax_nn_attention, implementation="cudnn")
 
 
-def race_attention(batch, length, dtype, rounds):
-    """Causal attention of 8 heads of 64. The gradient is with respect to query, key and value."""
-    inputs = tuple(jax.random.normal(jax.random.key(0), (3, batch, 8, length, 64), dtype))
+def race_attention(batch, heads, length, dtype, rounds):
+    """Causal attention with d_k = 64. The gradient is with respect to query, key and value."""
+    inputs = tuple(jax.random.normal(jax.random.key(0), (3, batch, heads, length, 64), dtype))
     flash = functools.partial(flash_attention, block_size=512 if CPU else min(2048, length // 2))
     functions = {"plain": scaled_dot_product_attention, "flash": flash, "jax.nn": jax_nn_attention}
     if CUDA and dtype == "bfloat16":
@@ -135,7 +135,7 @@ def race_attention(batch, length, dtype, rounds):
         attention = torch.nn.functional.scaled_dot_product_attention
         return functools.partial(attention, *tensors, is_causal=True), tensors
 
-    title = f"Causal attention, n = {length:,}, {batch} x 8 heads of 64, {dtype}"
+    title = f"Causal attention, n = {length:,}, {batch} x {heads} heads of 64, {dtype}"
     race_forward_and_gradient(title, contestants, torch_attention, rounds)
 
 
@@ -252,9 +252,11 @@ def main():
     versions = ["jax", "jaxlib", *["flax"] * bool(linen), *["torch"] * bool(torch)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
     print(f"On {DEVICE.device_kind} ({os.cpu_count()} cores), Python {sys.version.split()[0]}, {versions}.")
+    for batch, heads, length in [(16, 4, 64), (8, 8, 128), (1, 8, 1024)]:
+        race_attention(batch, heads, length, "float32", 15)
     for dtype in ["float32"] if CPU else ["float32", "bfloat16"]:
         for batch, length in [(1, 512), (1, 4096)] if CPU else [(4, 2048), (4, 4096), (1, 16384)]:
-            race_attention(batch, length, dtype, 5)
+            race_attention(batch, 8, length, dtype, 5)
         race_layer(8 if CPU else 64, 128, 512, 8, 2048, dtype, 9)  # the paper's base model, Table 3
     race_model(16, 64, 3, 256, 4, 1024, 9)
     print(f"\nThis took {time.perf_counter() - start:.0f} s.")

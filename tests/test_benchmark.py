@@ -16,7 +16,7 @@ from transformer_layer import encoder_layer, init_encoder_layer
 @pytest.mark.parametrize(
     ("race", "arguments", "contestants"),
     [
-        (benchmark.race_attention, (1, 64, "float32", 1), ["plain", "flash", "jax.nn"]),
+        (benchmark.race_attention, (1, 2, 64, "float32", 1), ["plain", "flash", "jax.nn"]),
         (benchmark.race_layer, (1, 8, 16, 2, 32, "float32", 1), ["its matrix products", "encoder_layer"]),
         (benchmark.race_model, (2, 8, 1, 16, 2, 32, 1), ["JAXformers"]),
     ],
