@@ -1,10 +1,9 @@
 """The whole Transformer of "Attention Is All You Need" (Figure 1): the model, its training and a program to run it.
 
-    python main.py [TEXT]
+    python main.py [TEXT] [--pairs FILE]
 
-prints the parameters, runs a jitted forward pass, trains the model to reverse strings, reverses TEXT, and draws the
-attention of the decoder. The model and its training come first, then the program. The axes, in shapes and einsum
-strings:
+prints the parameters, runs a jitted forward pass, trains the model on reversed strings or on the pairs of FILE, writes
+its output for TEXT, and draws the attention of the decoder. The axes, in shapes and einsum strings:
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
@@ -14,8 +13,13 @@ strings:
 import argparse
 import math
 import os
+import signal
 import sys
 import time
+from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends the program at any time, without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +27,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention import at_least_float32, attention_weights, scaled_dot_product_attention
-from transformer_layer import decoder, decoder_layer, encoder, init_decoder, init_encoder
+from attention import at_least_float32, attention_weights, padding_mask, scaled_dot_product_attention
+from transformer_layer import decoder, decoder_layer, dropout, encoder, init_decoder, init_encoder
 
-START = 0  # the first token of the decoder's input
-SYMBOLS = "\0" + "".join(map(chr, range(32, 127)))  # token i is SYMBOLS[i]: START, then printable ASCII
+END = 0  # the token that ends a target, pads sources and targets, and is the decoder's first input
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
 LABEL_SMOOTHING = 0.1  # section 5.4
 AVERAGED_STEPS = 75  # section 6.1: average the parameters of the last steps
+MAX_LENGTH = 100  # characters of a string
 
 # ---- The model: Figure 1, sections 3.4 and 3.5 -----------------------------------------------------------------------
 
@@ -68,40 +72,62 @@ def embed(params, tokens):
     """
     embedding, tokens = jnp.asarray(params["embedding"]), jnp.asarray(tokens)
     length, d_model = tokens.shape[-1], embedding.shape[-1]
-    return embedding[tokens] * math.sqrt(d_model) + positional_encoding(length, d_model).astype(embedding.dtype)
+    return (embedding[tokens] * math.sqrt(d_model) + positional_encoding(length, d_model)).astype(embedding.dtype)
 
 
-def model(params, source, target, mask=None, *, dropout_rng=None, **options):
+def encode(params, source, *, dropout_rng=None, dropout_rate=0.1, **options):
+    """Figure 1, left: source (..., m) tokens -> memory (..., m, d), and the mask (..., 1, 1, m) of its padding.
+
+    The first END and all tokens after it are padding, so sources of different lengths fit in one batch.
+    """
+    source = jnp.asarray(source)
+    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
+    mask = padding_mask((source != END).cumprod(axis=-1).sum(axis=-1), source.shape[-1])
+    x = dropout(rngs[0], embed(params, source), dropout_rate)
+    return encoder(params["encoder"], x, mask, dropout_rng=rngs[1], dropout_rate=dropout_rate, **options), mask
+
+
+def model(params, source, target, *, dropout_rng=None, dropout_rate=0.1, **options):
     """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s).
 
     Position i scores the token that follows target tokens 0 to i; for training, `shift_right` makes such a target.
-    mask (..., 1, 1, m), such as a `padding_mask`, masks source positions in both stacks. Options are attention and
-    dropout_rate, as in `encoder_layer`. Unlike in section 5.4, embeddings have no dropout.
+    Dropout as in section 5.4: on the output of each sub-layer, and on both sums of embeddings and positional encodings.
+    Padding in source is masked; padding in target comes last, and attention is causal. Option: `attention`.
     """
-    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-    memory = encoder(params["encoder"], embed(params, source), mask, dropout_rng=rngs[0], **options)
-    x = embed(params, target)
-    x = decoder(params["decoder"], x, memory, memory_mask=mask, dropout_rng=rngs[1], **options)
+    rngs = (None, None, None) if dropout_rng is None else jax.random.split(dropout_rng, 3)
+    options["dropout_rate"] = dropout_rate
+    memory, mask = encode(params, source, dropout_rng=rngs[0], **options)
+    x = dropout(rngs[1], embed(params, target), dropout_rate)
+    x = decoder(params["decoder"], x, memory, memory_mask=mask, dropout_rng=rngs[2], **options)
     return jnp.einsum("...nd,sd->...ns", x, params["embedding"])  # section 3.4: the transposed embedding
 
 
 def shift_right(target):
-    """Section 3.1: shifts the targets right by one: START, then all tokens but the last. (..., n) -> (..., n)."""
+    """Section 3.1: shifts the targets right by one: END, then all tokens but the last. (..., n) -> (..., n)."""
     target = jnp.asarray(target)
-    return jnp.concatenate([jnp.full_like(target[..., :1], START), target[..., :-1]], axis=-1)
+    return jnp.concatenate([jnp.full_like(target[..., :1], END), target[..., :-1]], axis=-1)
 
 
-def generate(params, source):
-    """Greedy decoding: each token is the most likely one, given the tokens before it. (..., m) -> target (..., m).
+def generate(params, source, length):
+    """Greedy decoding: each token is the most likely one, given the tokens before it. (..., m) -> target (..., length).
 
-    The encoder runs once. Each step decodes one position; its self-attention reads earlier keys and values from a KV
-    cache. Use it under `jax.jit`; outside, every call compiles it again.
+    This is the same algorithm without a cache:
+
+        for i in range(length):
+            logits = model(params, source, shift_right(target))
+            target = target.at[..., i].set(logits[..., i, :].argmax(axis=-1))
+
+    Tokens after the first END are then set to END. Here, the encoder runs once. Each step decodes one position; its
+    self-attention reads earlier keys and values from a KV cache. Use it under `jax.jit` with a static length; outside,
+    every call compiles it again. Raises ValueError if length is not a Python int of at least 1.
     """
-    source = jnp.asarray(source)
-    memory = encoder(params["encoder"], embed(params, source))
-    num_layers, _, num_heads, d_k = params["decoder"]["self_attention"]["query"].shape
-    length = source.shape[-1]
-    cache = jnp.zeros((num_layers, 2, *source.shape[:-1], num_heads, length, d_k), memory.dtype)  # 2: keys and values
+    if type(length) is not int or length < 1:
+        raise ValueError(f"length must be a Python int of at least 1 (under jax.jit: static), got {length!r}")
+    memory, memory_mask = encode(params, source)
+    weights = params["decoder"]["self_attention"]
+    num_layers, _, num_heads, d_k = weights["key"].shape
+    dtype = jnp.result_type(memory, weights["key"], weights["value"])
+    cache = jnp.zeros((num_layers, 2, *memory.shape[:-2], num_heads, length, d_k), dtype)  # 2: keys and values
 
     def step(i, target_and_cache):
         target, cache = target_and_cache
@@ -118,21 +144,22 @@ def generate(params, source):
                     mask = jnp.arange(length) <= i
                 return scaled_dot_product_attention(query, key, value, mask)
 
-            x = decoder_layer(layer_params, x, memory, attention=cached_attention)
+            x = decoder_layer(layer_params, x, memory, memory_mask=memory_mask, attention=cached_attention)
             return x, layer_cache
 
         x = embed(params, shift_right(target))[..., i, None, :]
         x, cache = jax.lax.scan(layer, x, (params["decoder"], cache))
         logits = jnp.einsum("...d,sd->...s", x[..., 0, :], params["embedding"])
-        token = logits.at[..., START].set(-jnp.inf).argmax(axis=-1)  # never generate START
-        return target.at[..., i].set(token.astype(target.dtype)), cache
+        return target.at[..., i].set(logits.argmax(axis=-1)), cache
 
-    return jax.lax.fori_loop(0, length, step, (jnp.zeros_like(source), cache))[0]
+    target, _ = jax.lax.fori_loop(0, length, step, (jnp.zeros((*memory.shape[:-2], length), int), cache))
+    return target * (target != END).cumprod(axis=-1)
 
 
 def cross_attention_weights(params, source, target):
     """The cross-attention weights of the last decoder layer. (..., m), (..., n) tokens -> (..., h, n, m)."""
-    memory = encoder(params["encoder"], embed(params, source))
+    memory, memory_mask = encode(params, source)
+    target = jnp.asarray(target) * (jnp.asarray(target) != END).cumprod(axis=-1)  # END after the first END
 
     def layer(x, layer_params):
         recorded = []  # filled while tracing; from outside, the function is pure
@@ -141,7 +168,7 @@ def cross_attention_weights(params, source, target):
             recorded.append(attention_weights(query, key, mask, causal=causal))
             return scaled_dot_product_attention(query, key, value, mask, causal=causal)
 
-        x = decoder_layer(layer_params, x, memory, attention=recording_attention)
+        x = decoder_layer(layer_params, x, memory, memory_mask=memory_mask, attention=recording_attention)
         return x, recorded[-1]  # cross-attention comes last; scan stacks the weights of all layers
 
     return jax.lax.scan(layer, embed(params, shift_right(target)), params["decoder"])[1][-1]
@@ -150,15 +177,18 @@ def cross_attention_weights(params, source, target):
 # ---- Training: sections 5.3, 5.4 and 6.1 -----------------------------------------------------------------------------
 
 
-def loss(params, source, target):
+def loss(params, source, target, **options):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
-    The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. Dropout is not
-    needed here: every batch is new, so the model cannot overfit.
+    The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. The mean is
+    over the tokens of all targets up to the first END, that one included. Options are as in `model`.
     """
-    log_probabilities = jax.nn.log_softmax(model(params, source, shift_right(target)))
-    correct = jnp.take_along_axis(log_probabilities, jnp.asarray(target)[..., None], axis=-1)
-    return -((1 - LABEL_SMOOTHING) * correct.mean() + LABEL_SMOOTHING * log_probabilities.mean())
+    target = jnp.asarray(target)
+    logits = model(params, source, shift_right(target), **options)
+    log_probabilities = jax.nn.log_softmax(logits.astype(at_least_float32(logits)))
+    correct = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)[..., 0]
+    cross_entropy = -((1 - LABEL_SMOOTHING) * correct + LABEL_SMOOTHING * log_probabilities.mean(axis=-1))
+    return cross_entropy.mean(where=(target == END).cumsum(axis=-1) == (target == END))  # no END before the token
 
 
 def learning_rate(step, d_model, warmup_steps):
@@ -185,27 +215,19 @@ def adam(params, moments, gradient, step, rate):
     return jax.tree.map(update, params, m, v), {"m": m, "v": v}
 
 
-def train_step(params, moments, step, source, target, warmup_steps):
+def train_step(params, moments, step, source, target, warmup_steps, **options):
     """One training step. Steps count from 1. Returns the new parameters and moments, and the loss before the step.
 
-    params from `init_model`, moments from `init_adam`; source (..., m) and target (..., n) tokens.
+    params from `init_model`, moments from `init_adam`; source (..., m) and target (..., n) tokens; options of `loss`.
     """
-    value, gradient = jax.value_and_grad(loss)(params, source, target)
+    value, gradient = jax.value_and_grad(loss)(params, source, target, **options)
     rate = learning_rate(step, params["embedding"].shape[-1], warmup_steps)
     return *adam(params, moments, gradient, step, rate), value
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean. Updates the mean of count - 1 sets of parameters with the count-th set.
-
-    Returns at least float32. The mean of 0 sets may be any pytree like params.
-    """
-
-    def update(m, p):
-        m = m.astype(at_least_float32(m, p))
-        return m + (p - m) / count
-
-    return jax.tree.map(update, mean, params)
+    """Section 6.1: the running mean, in at least float32. Updates a mean of count - 1 sets with the count-th set."""
+    return jax.tree.map(lambda m, p: m + (p - m.astype(at_least_float32(m, p))) / count, mean, params)
 
 
 # ---- Many devices ----------------------------------------------------------------------------------------------------
@@ -214,11 +236,10 @@ def average(mean, params, count):
 def partition_specs(params):
     """Splits heads and d_ff over the mesh axis "model", as Megatron-LM does (arXiv 1909.08053); the rest is replicated.
 
-    Returns a PartitionSpec for each leaf. Each device computes its own heads and hidden units, and XLA adds a sum over
-    devices after each sub-layer. Works for any pytree in which the parameters have their names: a layer, a stack, the
-    model, optimizer state. Leaves with other names, or with too few axes for their name, are replicated.
+    Returns a PartitionSpec for each leaf of any pytree in which the parameters have their names: a layer, a stack, the
+    model, optimizer state. Each device computes its own heads and hidden units, and XLA sums after each sub-layer.
     """
-    # Of a single layer: the axis to split, and the number of axes.
+    # The axis to split in a single layer, and the number of its axes. Leaves with fewer are replicated.
     axes = {"query": (1, 3), "key": (1, 3), "value": (1, 3), "output": (0, 3), "w1": (1, 2), "b1": (0, 1), "w2": (0, 2)}
 
     def spec(path, leaf):
@@ -229,27 +250,69 @@ def partition_specs(params):
     return jax.tree.map_with_path(spec, params)
 
 
-# ---- The task: reversing strings -------------------------------------------------------------------------------------
+# ---- The data: pairs of strings --------------------------------------------------------------------------------------
 
 
-def random_strings(generator, batch_size, length):
-    """Random strings of at most 8 different symbols. Returns tokens (batch_size, length).
+def task(string):
+    """The target of a random string: the string reversed."""
+    return string[::-1]
+
+
+def random_pairs(generator, count, length):
+    """Random strings of one length, of at most 8 different symbols each, and their targets. Returns strings (count, 2).
 
     Symbols repeat, so the previous symbol does not determine the next, and the model must look at positions.
-    generator: a `numpy.random.Generator`.
     """
-    symbols = generator.integers(START + 1, len(SYMBOLS), size=(batch_size, 8))
-    return np.take_along_axis(symbols, generator.integers(8, size=(batch_size, length)), axis=1)
+    symbols = generator.integers(32, 127, size=(count, 8))  # printable ASCII
+    codes = np.take_along_axis(symbols, generator.integers(8, size=(count, length)), axis=1)
+    return np.array([(string := "".join(map(chr, row)), task(string)) for row in codes])
 
 
-def task(strings):
-    """The targets: the reversed strings. Tokens (..., n) -> (..., n)."""
-    return strings[..., ::-1]
+def read_pairs(file):
+    """Reads a UTF-8 file with a source, a tab and a target on each line. Returns strings (count, 2).
+
+    Skips blank lines and further columns. Raises argparse.ArgumentTypeError, which names the file and the line.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {file} as UTF-8: {error}") from None
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if "\t" in line or line.strip():
+            pairs.append(line.split("\t")[:2])
+            problem = (
+                (len(pairs[-1]) < 2 and "no tab between source and target")
+                or (max(map(len, pairs[-1])) > MAX_LENGTH and f"a string of more than {MAX_LENGTH} characters")
+                or ("\0" in "".join(pairs[-1]) and "a NUL character")
+            )
+            if problem:
+                raise argparse.ArgumentTypeError(f"{file}, line {number}: {problem}")
+    return np.array(pairs, str).reshape(-1, 2)
 
 
-def as_text(tokens):
-    """Tokens (n,) -> string."""
-    return "".join(SYMBOLS[token] for token in tokens)
+def hold_out(generator, pairs, text, count):
+    """Splits pairs (n, 2) into `count` test pairs with distinct sources, text first, and pairs with other sources.
+
+    Returns the test sources, their targets (None for a text that has no pair), and the other pairs, for training.
+    """
+    targets = dict(generator.permutation(pairs).tolist())
+    sources = [text, *(source for source in targets if source != text)][:count]
+    return sources, [targets.get(source) for source in sources], pairs[~np.isin(pairs[:, 0], sources)]
+
+
+def as_tokens(strings, length, symbols):
+    """Strings (...) -> tokens (..., length): i for symbols[i - 1], then END. Raises ValueError for other strings."""
+    strings, tokens = np.asarray(strings), {symbol: token for token, symbol in enumerate(symbols, start=1)}
+    if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= set(symbols)]:
+        raise ValueError(f"strings must have at most {length} of the characters {symbols!a}, got {wrong[0]!a}")
+    rows = [[tokens[symbol] for symbol in string] + (length - len(string)) * [END] for string in strings.flat]
+    return np.array(rows, np.int32).reshape(*strings.shape, length)
+
+
+def as_text(tokens, symbols):
+    """Tokens (n,) -> the string before the first END."""
+    return "".join(("\0" + symbols)[token] for token in tokens).partition("\0")[0]
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -257,100 +320,120 @@ def as_text(tokens):
 
 def parse_arguments():
     """Parses the command line, joins the other processes, and returns the arguments and the mesh of all devices."""
-    parser = argparse.ArgumentParser(
-        description="Initialize a Transformer, run it, train it to reverse strings, then reverse TEXT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("TEXT", nargs="*", default=["attention is all you need"], help="text to reverse, in quotes")
-    parser.add_argument("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
-    parser.add_argument("--num-heads", type=int, default=4, help="number h of attention heads (must divide --d-model)")
-    parser.add_argument("--d-model", type=int, default=64, help="dimension of the model (must be even)")
-    parser.add_argument("--d-ff", type=int, default=128, help="inner dimension of the feed-forward network")
-    parser.add_argument("--batch-size", type=int, default=16, help="strings per training step")
-    parser.add_argument("--steps", type=int, default=320, help="number of training steps")
-    parser.add_argument("--warmup-steps", type=int, default=400, help="steps of learning rate warm-up (Equation 3)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--model-parallel", type=int, default=1, help="number of devices that share heads and d_ff")
-    parser.add_argument("--distributed", action="store_true", help="join the processes started by mpirun or srun")
-    arguments = parser.parse_args()
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = "Initialize a Transformer, run it, train it to reverse strings or on your pairs, and apply it."
+    add, default = parser.add_argument, "attention is all you need"
+    add("TEXT", nargs="*", default=default, help="what to apply the model to; put -- before it if it begins with -")
+    add("--pairs", type=read_pairs, metavar="FILE", help="learn from FILE: on each line, a source, a tab, its target")
+    add("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
+    add("--num-heads", type=int, default=4, help="number h of attention heads (must divide --d-model)")
+    add("--d-model", type=int, default=64, help="dimension of the model (must be even)")
+    add("--d-ff", type=int, default=128, help="inner dimension of the feed-forward network")
+    add("--dropout-rate", type=float, default=0.0, help="dropout in training (section 5.4)")
+    add("--batch-size", type=int, default=16, help="pairs per training step, and test pairs")
+    add("--steps", type=int, default=380, help="number of training steps")
+    add("--warmup-steps", type=int, default=560, help="steps of learning rate warm-up (Equation 3)")
+    add("--seed", type=int, default=0, help="random seed")
+    add("--model-parallel", type=int, default=1, help="number of devices that share heads and d_ff")
+    add("--distributed", action="store_true", help="join the processes started by mpirun or srun")
+    args = parser.parse_args()
 
     def require(condition, message):
         if not condition:
             parser.error(message)
 
-    for name, value in vars(arguments).items():
+    for name, value in vars(args).items():
         if type(value) is int:
             least, flag = int(name not in ("steps", "seed")), f"--{name.replace('_', '-')}"
             require(least <= value < 2**31, f"{flag} must be from {least} to 2^31 - 1, got {value}")
-    text, d_model, num_heads = arguments.TEXT, arguments.d_model, arguments.num_heads
-    require(len(text) == 1, f'put TEXT in quotes if it has several words: "{" ".join(text)}"')
-    arguments.text = text = text[0]
-    require(1 <= len(text) <= 100, f"TEXT must have 1 to 100 characters, got {len(text)}")
-    require(set(text) <= set(SYMBOLS[1:]), f"TEXT must be printable ASCII, got {text!a}")
+    pairs, batch_size, d_model, num_heads = args.pairs, args.batch_size, args.d_model, args.num_heads
+    strings = map(chr, range(32, 127)) if pairs is None else pairs.flat
+    texts = [default] if pairs is None else np.random.default_rng(args.seed).permutation(pairs[:, 0]).tolist()
+    text = next(filter(None, texts), "") if args.TEXT is default else " ".join(args.TEXT)
+    others = batch_size if pairs is None else len(set(pairs[:, 0]) - {text})
+    require(others >= batch_size, f"FILE needs {batch_size} distinct sources besides TEXT (--batch-size), got {others}")
+    args.text, args.symbols = text, "".join(sorted(set("".join(strings))))
+    require(1 <= len(text) <= MAX_LENGTH, f"TEXT must have 1 to {MAX_LENGTH} characters, got {len(text)}")
+    unknown = "".join(sorted(set(text) - set(args.symbols)))
+    require(
+        not unknown, f"TEXT must be {'printable ASCII' if pairs is None else 'in characters of FILE'}, not {unknown!a}"
+    )
+    require(0 <= args.dropout_rate < 1, f"--dropout-rate must be at least 0 and below 1, got {args.dropout_rate}")
     require(d_model % 2 == 0, f"--d-model must be even (sines and cosines come in pairs), got {d_model}")
     require(d_model % num_heads == 0, f"--num-heads must divide --d-model, got {num_heads} and {d_model}")
-    if arguments.distributed:
+    if args.distributed:
         try:
             jax.distributed.initialize()
         except ValueError:
             parser.error("--distributed: JAX found no launcher; use srun, or mpirun of Open MPI 4")
-    devices, model_parallel, batch_size = jax.device_count(), arguments.model_parallel, arguments.batch_size
-    for name, size in (("the number of devices", devices), ("--num-heads", num_heads), ("--d-ff", arguments.d_ff)):
+    devices, model_parallel = jax.device_count(), args.model_parallel
+    for name, size in (("the number of devices", devices), ("--num-heads", num_heads), ("--d-ff", args.d_ff)):
         require(size % model_parallel == 0, f"--model-parallel must divide {name}, got {model_parallel} and {size}")
     data_parallel = devices // model_parallel
     message = f"--batch-size must be a multiple of {data_parallel} (devices / --model-parallel), got {batch_size}"
     require(batch_size % data_parallel == 0, message)
-    mesh = jax.make_mesh((data_parallel, model_parallel), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    return arguments, mesh
+    return args, jax.make_mesh((data_parallel, model_parallel), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def show_attention(before, after, text, output):
-    """Prints attention weights (n, m) before and after training, side by side if they fit in 80 columns."""
-    shades = " ░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else " .:*#"
-    maps = []
-    for title, weights in (("before training", before), ("after training", after)):
-        levels = (weights / weights.max() * (len(shades) - 0.01)).astype(int)  # 0, ..., len(shades) - 1
-        rows = ["".join(shades[level] for level in row) for row in levels]
-        maps.append([title, f"  {text}", *(f"{symbol} {row}" for symbol, row in zip(output, rows, strict=True))])
-    width = max(len(text) + 2, len("before training")) + 4
-    together = zip(*maps, strict=True) if 2 * width - 4 <= 80 else ((line, "") for lines in maps for line in lines)
-    for left, right in together:
-        print(f"{left:<{width}}{right}".rstrip())
+def show_attention(weights, text, output):
+    """Prints attention weights (n, m): a row for each character of output, a column for each character of text."""
+    if not output or not np.isfinite(weights).all():
+        return print("nothing to draw:", "the weights are not finite" if output else "the output is empty")
+    shades = " ░▒▓█" if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else " .:*#"
+    levels = (weights / weights.max() * (len(shades) - 0.01)).astype(int)  # 0, ..., len(shades) - 1
+    print(f"  {text}")
+    for symbol, row in zip(output, levels, strict=True):
+        print(f"{symbol} {''.join(shades[level] for level in row)}".rstrip())
 
 
 def main():
     """Runs the program: prints its five parts."""
-    arguments, mesh = parse_arguments()
+    args, mesh = parse_arguments()
     if jax.process_index():  # process 0 alone prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    text, steps, batch_size = arguments.text, arguments.steps, arguments.batch_size
-    generator = np.random.default_rng(arguments.seed)
-    held_out = random_strings(generator, batch_size, len(text))  # test strings; the first is TEXT
-    held_out[0] = [SYMBOLS.index(symbol) for symbol in text]
-    answers = task(held_out)
+    if hasattr(sys.stdout, "reconfigure"):  # prints ? for characters that the terminal cannot encode
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    text, symbols, steps, batch_size = args.text, args.symbols, args.steps, args.batch_size
+    numpy_rng = np.random.default_rng(args.seed)
+    init_rng, dropout_rng = jax.random.split(jax.random.key(args.seed))
+    if args.pairs is None:
+        pairs = random_pairs(numpy_rng, batch_size + 20_000, len(text))
+        pairs[0] = text, task(text)
+        sources, answers, training = *pairs[:batch_size].T.tolist(), pairs[batch_size:]
+    else:
+        sources, answers, training = hold_out(numpy_rng, args.pairs, text, batch_size)
+    n = max(map(len, [*filter(None, answers), *training[:, 1]])) + 1  # with END
+    m = max(n, *map(len, [*sources, *training[:, 0]]))  # equal lengths compile faster
+    test = as_tokens(sources, m, symbols), as_tokens([answer or "" for answer in answers], n, symbols)
+    counted = np.arange(n) <= [[-1 if answer is None else len(answer)] for answer in answers]  # tokens up to END
 
     def init():
-        sizes = arguments.num_layers, arguments.d_model, arguments.num_heads, arguments.d_ff
-        params = init_model(jax.random.key(arguments.seed), len(SYMBOLS), *sizes)
+        params = init_model(init_rng, len(symbols) + 1, args.num_layers, args.d_model, args.num_heads, args.d_ff)
         return params, init_adam(params)
+
+    def update(params, moments, step, *batch):
+        rng, rate = jax.random.fold_in(dropout_rng, step) if args.dropout_rate else None, args.dropout_rate
+        return train_step(params, moments, step, *batch, args.warmup_steps, dropout_rng=rng, dropout_rate=rate)
 
     replicated, batch_split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
-    train = jax.jit(train_step, out_shardings=(*state_shardings, replicated))
-    write = jax.jit(generate, out_shardings=replicated)
-    fast_compilation = {"xla_backend_optimization_level": 0}  # these programs run briefly: favor compile time
+    # Donated arguments: the new parameters and moments take the memory of the old ones, which cannot be used again.
+    train = jax.jit(update, out_shardings=(*state_shardings, replicated), donate_argnums=(0, 1))
+    decode = jax.jit(generate, static_argnums=2, out_shardings=replicated)
+    fast_compilation = {"xla_backend_optimization_level": 0}  # these run only briefly, so favor fast compilation
     update_mean = jax.jit(average, compiler_options=fast_compilation)
     weights_of = jax.jit(cross_attention_weights, out_shardings=replicated, compiler_options=fast_compilation)
     params, moments = jax.jit(init, out_shardings=state_shardings, compiler_options=fast_compilation)()
-    source, target = jax.device_put((held_out, answers), batch_split)
+    source, target = jax.device_put(test, batch_split)
 
     print("1. Parameters: a Transformer is a dict of dicts of arrays\n")
     for path, leaf in jax.tree.leaves_with_path(params):
         print(f"params{jax.tree_util.keystr(path):<44} {leaf.shape!s:>17} {leaf.size:>11,}")
     print(f"{'total':<68}{sum(leaf.size for leaf in jax.tree.leaves(params)):>12,}")
 
-    print("\n2. Forward pass: one batch, TEXT and random strings\n")
-    print(f"source and target {source.shape!s:>16}\nlogits            {(*target.shape, len(SYMBOLS))!s:>16}")
+    print("\n2. Forward pass: one batch of test pairs, TEXT first\n")
+    print(f"source            {source.shape!s:>16}\ntarget            {target.shape!s:>16}")
+    print(f"logits            {(*target.shape, len(symbols) + 1)!s:>16}")
     print(f"devices           {tuple(mesh.shape.values())!s:>16}  (data, model)")
     forward = jax.jit(model)
     for call in ("first call", "second call"):
@@ -358,37 +441,42 @@ def main():
         jax.block_until_ready(forward(params, source, target))
         print(f"{call:<17} {(time.perf_counter() - start) * 1e3:13.2f} ms{'  (compiles)' * (call == 'first call')}")
 
-    print("\n3. Training:", f"{steps} steps on random strings\n" if steps else "skipped (--steps 0)")
-    averaged = min(steps, AVERAGED_STEPS)
+    print("\n3. Training:", f"{steps} steps on {len(training):,} pairs\n" if steps else "skipped (--steps 0)")
     printed = {i * steps // 6 for i in range(1, 7)}
-    untrained = mean = params
+    averaged, mean = min(steps, AVERAGED_STEPS), params
     for step in range(1, steps + 1):
-        strings = random_strings(generator, batch_size, len(text))
-        batch = jax.device_put((strings, task(strings)), batch_split)
-        params, moments, value = train(params, moments, step, *batch, arguments.warmup_steps)
-        if step > steps - averaged:
-            mean = update_mean(mean, params, step - (steps - averaged))
+        strings = training[numpy_rng.integers(len(training), size=batch_size)].T
+        batch = as_tokens(strings[0], m, symbols), as_tokens(strings[1], n, symbols)
+        params, moments, value = train(params, moments, step, *jax.device_put(batch, batch_split))
+        if (count := step - (steps - averaged)) > 0:
+            mean = update_mean(mean if count > 1 else params, params, count)
+        if getattr(sys.stdout, "isatty", bool)():  # a counter, which the next line overwrites
+            print(f"step {step:>5}  loss {value:7.4f}", end="\r", flush=True)
         if step in printed:
-            written = np.asarray(write(params, source))
-            accuracy = (written == answers).mean()
-            print(f'step {step:>5}  loss {value:7.4f}  accuracy {accuracy:7.2%}  "{as_text(written[0])}"', flush=True)
+            tokens = np.asarray(decode(params, source, n))
+            correct, output = (tokens == test[1])[counted], as_text(tokens[0], symbols)
+            accuracy = f"{correct.mean():.2%}" if correct.size else "-"
+            print(f'step {step:>5}  loss {value:7.4f}  accuracy {accuracy:>7}  "{output[:34]}"')  # 80 columns
 
-    print("\n4. Result: TEXT reversed by the model\n")
-    final, written = (np.asarray(write(candidate, source)) for candidate in (params, mean))
-    print(f'input   "{text}"\noutput  "{as_text(written[0])}"')
-    exact = [f"{(tokens == answers).all(axis=1).sum()}/{batch_size}" for tokens in (final, written)]
+    print("\n4. Result: the model's output for TEXT\n")
+    tokens = [np.asarray(decode(candidate, source, n)) for candidate in (params, mean)]
+    matches = [(candidate == test[1]).all(axis=1)[counted[:, 0]] for candidate in tokens]
+    exact = [f"{matching.sum()}/{matching.size}" if matching.size else "-" for matching in matches]
+    output = as_text(tokens[1][0], symbols)
+    print(f'input   "{text}"\noutput  "{output}"')
+    if output != answers[0] is not None:
+        print(f'answer  "{answers[0]}"')
     print(f"exact matches: {exact[0]} (final parameters)", end="")
     print(f", {exact[1]} (average of the last {averaged} steps)" if averaged > 1 else "")
 
     print("\n5. Attention: cross-attention of the last decoder layer, mean of its heads")
     print("   rows: output, columns: input; a fuller block means more attention\n")
-    before, after = (np.asarray(weights_of(candidate, source, target))[0] for candidate in (untrained, mean))
-    show_attention(before.mean(axis=0), after.mean(axis=0), text, as_text(answers[0]))
+    weights = np.asarray(weights_of(mean, source, tokens[1]))[0].mean(axis=0)
+    show_attention(weights[: len(output), : len(text)], text, output)
 
 
 if __name__ == "__main__":
     try:
         main()
-        sys.stdout.flush()
     except BrokenPipeError:  # the reader (e.g. `head`) closed the pipe
         sys.stdout = None  # silences the error at exit

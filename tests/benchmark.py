@@ -36,6 +36,7 @@ try:
 except ImportError:
     linen = None
 
+VOCAB_SIZE = 96  # END and printable ASCII, as in main.py
 DEVICE = jax.devices()[0]
 CPU, CUDA = DEVICE.platform == "cpu", "cuda" in DEVICE.client.platform_version
 CALLS = 1 if CPU else 50  # calls per measurement; on a GPU many, so that the next one is always queued
@@ -199,10 +200,10 @@ def torch_model(source, target, layers, d_model, heads, d_ff):
     device = torch.from_dlpack(jnp.zeros(1)).device
     source, target = (torch.tensor(x.copy(), device=device) for x in (source, target))
     shifted = torch.roll(target, 1, dims=-1)
-    shifted[:, 0] = program.START
+    shifted[:, 0] = program.END
     length, options = source.shape[-1], {"dropout": 0.0, "batch_first": True, "device": device}
     model = torch.nn.Transformer(d_model, heads, layers, layers, d_ff, **options)
-    embedding = torch.nn.Embedding(len(program.SYMBOLS), d_model, device=device)
+    embedding = torch.nn.Embedding(VOCAB_SIZE, d_model, device=device)
     positions = torch.tensor(np.asarray(program.positional_encoding(length, d_model)), device=device)
     causal = torch.nn.Transformer.generate_square_subsequent_mask(length, device=device)
     optimizer = torch.optim.Adam([*model.parameters(), *embedding.parameters()], 1e-4, betas=(0.9, 0.98), eps=1e-9)
@@ -222,7 +223,7 @@ def torch_model(source, target, layers, d_model, heads, d_ff):
     @torch.no_grad()
     def decode():
         memory = model.encoder(embed(source))
-        written = torch.full_like(source[:, :1], program.START)
+        written = torch.full_like(source[:, :1], program.END)
         for i in range(1, length + 1):
             x = model.decoder(embed(written), memory, tgt_mask=causal[:i, :i], tgt_is_causal=True)
             written = torch.cat([written, (x[:, -1:] @ embedding.weight.T).argmax(-1)], dim=1)
@@ -233,11 +234,12 @@ def torch_model(source, target, layers, d_model, heads, d_ff):
 
 def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
     """A training step, and greedy decoding."""
-    source = program.random_strings(np.random.default_rng(0), batch, length)
-    target, sizes = program.task(source), (layers, d_model, heads, d_ff)
-    params = jax.jit(lambda: program.init_model(jax.random.key(0), len(program.SYMBOLS), *sizes))()
+    source = np.random.default_rng(0).integers(1, VOCAB_SIZE, (batch, length))  # without END: no padding
+    target, sizes = source[:, ::-1], (layers, d_model, heads, d_ff)
+    params = jax.jit(lambda: program.init_model(jax.random.key(0), VOCAB_SIZE, *sizes))()
     step = compiled(program.train_step, params, program.init_adam(params), 1, source, target, 400)
-    steps, decodings = {"JAXformers": step}, {"JAXformers": compiled(program.generate, params, source)}
+    decode = compiled(functools.partial(program.generate, length=length), params, source)
+    steps, decodings = {"JAXformers": step}, {"JAXformers": decode}
     if torch:
         train_step, decode = torch_model(source, target, *sizes)
         steps["torch"], decodings["torch"] = (train_step, None), (decode, None)

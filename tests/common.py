@@ -1,5 +1,6 @@
 """Random inputs and parameters for the tests, and main.py as a user runs it."""
 
+import functools
 import io
 import os
 import subprocess
@@ -29,14 +30,29 @@ def random_params(init, *sizes, seed=0):
     return jax.tree.map(lambda leaf: (0.4 * generator.standard_normal(leaf.shape)).astype(np.float32), tree)
 
 
-def run_here(monkeypatch, *arguments, encoding="ascii"):
-    """Runs main.py in this process, with stdout in this encoding, and returns its output."""
-    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
-    monkeypatch.setattr(sys, "stdout", output)
-    main.main()
+def run_here(monkeypatch, *arguments, encoding="ascii", one_device=False):
+    """Runs main.py in this process, with stdout in this encoding, and returns its output.
+
+    A single device is faster than the virtual devices of conftest.py.
+    """
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["main.py", *arguments])
+        patch.setattr(sys, "stdout", output)
+        if one_device:
+            patch.setattr(jax, "device_count", lambda: 1)
+            patch.setattr(jax, "make_mesh", functools.partial(jax.make_mesh, devices=jax.devices("cpu")[:1]))
+        main.main()
     output.seek(0)
     return output.read()
+
+
+class Terminal(io.StringIO):
+    """A terminal that does not tell its encoding."""
+
+    def isatty(self):
+        """Whether it is a terminal."""
+        return True
 
 
 def start(*arguments, **environment):

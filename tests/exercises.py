@@ -24,11 +24,12 @@ def test_gpt_continues_the_title_of_the_paper():
     main.gpt(params, tokens) (..., n) -> logits (..., n, s) of the next tokens, from a causal encoder.
     main.gpt_loss(params, tokens) is the mean cross-entropy of each token after the first, given those before it.
     """
-    tokens = np.array([main.SYMBOLS.index(symbol) for symbol in "Attention Is All You Need"])
-    params = jax.jit(lambda: main.init_gpt(jax.random.key(0), len(main.SYMBOLS), 1, 32, 1, 64))()
+    title, symbols = "Attention Is All You Need", "".join(map(chr, range(32, 127)))
+    tokens = main.as_tokens(title, 25, symbols)
+    params = jax.jit(lambda: main.init_gpt(jax.random.key(0), 96, 1, 32, 1, 64))()
     gpt = jax.jit(main.gpt)
     logits = gpt(params, tokens)
-    assert logits.shape == (25, len(main.SYMBOLS))
+    assert logits.shape == (25, 96)
     np.testing.assert_allclose(gpt(params, tokens[:10]), logits[:10], atol=1e-5)  # it is causal
 
     correct = jax.nn.log_softmax(logits[:-1])[jnp.arange(24), tokens[1:]]
@@ -42,14 +43,14 @@ def test_gpt_continues_the_title_of_the_paper():
         written = tokens[:3]
         while len(written) < len(tokens):
             written = np.append(written, np.argmax(gpt(params, written)[-1]))
-        return main.as_text(written)
+        return main.as_text(written, symbols)
 
     moments = main.init_adam(params)
     for step in range(1, 301):
         params, moments = train_step(params, moments, step)
         if step in (1, 30, 100, 300):
             print(f'\nstep {step:>3}  "{write()}"', end="")
-    assert write() == main.as_text(tokens)  # catches targets that are off by one
+    assert write() == title  # catches targets that are off by one
 
 
 def test_rotary_scores_depend_on_the_distance():
@@ -94,39 +95,45 @@ def test_grouped_query_attention_equals_jax_nn():
 
 
 def test_beam_search_finds_better_strings():
-    """Exercise 9. main.beam_search(params, source, beam_size): source (m,) -> best target (m,) found, and its score.
+    """Exercise 9. main.beam_search(params, source, length, beam_size): source (m,) -> best target (length,), and score.
 
-    The score is the sum of log_softmax(logits)[token] over the tokens. Like `generate`, it works under `jax.jit` and
-    never generates START.
+    The score is the sum of log_softmax(logits)[token] over the tokens up to the first END, that one included, or over
+    all tokens if there is no END. After END, a target has only ENDs, and its score stays. Works under `jax.jit`.
     """
     vocab_size, length = 5, 4
     params = jax.jit(lambda: main.init_model(jax.random.key(0), vocab_size, 2, 16, 2, 16))()
     params["embedding"] *= 20
     params["decoder"]["feed_forward_norm"]["scale"] *= jnp.array([[1], [-1]])  # otherwise it repeats one token
-    generate, beam_search = jax.jit(main.generate), jax.jit(main.beam_search, static_argnums=2)
+    generate = jax.jit(main.generate, static_argnums=2)
+    beam_search = jax.jit(main.beam_search, static_argnums=(2, 3))
 
     @jax.jit
     def score(source, target):
         log_probabilities = jax.nn.log_softmax(main.model(params, source, main.shift_right(target)))
-        return jnp.take_along_axis(log_probabilities, target[:, None], axis=-1).sum()
+        scores = jnp.take_along_axis(log_probabilities, target[:, None], axis=-1)[:, 0]
+        return scores[0] + jnp.where(target[:-1].cumprod() != main.END, scores[1:], 0).sum()
 
-    every_string = np.array(list(itertools.product(range(1, vocab_size), repeat=length)))
-    improved = 0
-    for source in np.random.default_rng(0).integers(1, vocab_size, (5, length)):
-        greedy = generate(params, source)
-        narrow, narrow_score = beam_search(params, source, 1)
+    every_string = np.array(list(itertools.product(range(vocab_size), repeat=length)))
+    after_end = every_string * (every_string != main.END).cumprod(axis=-1) != every_string
+    every_string = every_string[~after_end.any(axis=-1)]
+    ended = improved = 0
+    for source in np.random.default_rng(0).integers(1, vocab_size, (8, length)):
+        greedy = generate(params, source, length)
+        narrow, narrow_score = beam_search(params, source, length, 1)
         np.testing.assert_array_equal(narrow, greedy)  # a beam of one is greedy decoding
         np.testing.assert_allclose(narrow_score, score(source, greedy), atol=1e-4)
         scores = jax.vmap(lambda target, source=source: score(source, target))(every_string)
-        widest, best_score = beam_search(params, source, (vocab_size - 1) ** (length - 1))
+        widest, best_score = beam_search(params, source, length, len(every_string))
         np.testing.assert_array_equal(widest, every_string[scores.argmax()])  # no prefix is ever dropped
         np.testing.assert_allclose(best_score, scores.max(), atol=1e-4)
-        found, found_score = beam_search(params, source, 4)
+        found, found_score = beam_search(params, source, length, 4)
         np.testing.assert_allclose(found_score, score(source, found), atol=1e-4)
         assert narrow_score - 1e-4 <= found_score <= best_score + 1e-4
         print(f"\ngreedy {narrow} {narrow_score:.3f}  beam of 4 {found} {found_score:.3f}", end="")
         improved += found_score > narrow_score + 1e-4
+        ended += main.END in widest
     assert improved
+    assert ended
 
 
 def test_window_equals_jax_nn_and_skips_blocks(monkeypatch):

@@ -15,7 +15,7 @@ from common import arrays, random_params
 N, M, D, H, F = 3, 4, 4, 2, 6
 MASK = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], bool)  # row 1 is fully masked
 FLASH = functools.partial(flash_attention, block_size=2)
-TOKENS = np.array([1, 0, 3])
+SOURCES, TARGETS = np.array([[1, 2, 3], [4, 0, 0]]), np.array([[3, 2, 0], [1, 0, 0]])  # 0 is END
 
 
 def cases():
@@ -40,9 +40,9 @@ def cases():
             lambda p, x, m: tl.decoder(p, x, m, memory_mask=MASK),
             (random_params(tl.init_decoder, 2, D, H, F, seed=3), x, memory),
         ),
-        # The whole model. The gradient of the embedding comes from both inputs and from the logits.
+        # The whole model, with padding. The gradient of the embedding comes from both inputs and from the logits.
         "loss": (
-            lambda p: main.loss(p, TOKENS, TOKENS[::-1]),
+            lambda p: main.loss(p, SOURCES, TARGETS),
             (random_params(main.init_model, 5, 2, D, H, F, seed=3),),
         ),
     }

@@ -137,7 +137,7 @@ def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
 
 def test_3_1_a_prediction_depends_only_on_known_outputs():
     """Section 3.1: the output embeddings are offset by one position: predictions for i depend on outputs before i."""
-    np.testing.assert_array_equal(main.shift_right(TOKENS), [main.START, *TOKENS[:-1]])
+    np.testing.assert_array_equal(main.shift_right(TOKENS), [main.END, *TOKENS[:-1]])
     params, target = random_params(main.init_model, VOCAB_SIZE, *SIZES), TOKENS[:5]
     changed = np.where(np.eye(5, dtype=bool), 10, target)  # row j: another token at position j
     logits = jax.jit(lambda *targets: [main.model(params, TOKENS, main.shift_right(t)) for t in targets])
@@ -361,6 +361,19 @@ def test_5_4_dropout_applies_to_the_output_of_each_sublayer(monkeypatch):
             expected = layer_norm(p[name], expected)
     output = jax.jit(lambda params, x: tl.decoder(params, x, MEMORY))(params, X)
     np.testing.assert_allclose(output, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_5_4_dropout_applies_to_the_sums_of_embeddings_and_positional_encodings(monkeypatch):
+    """Section 5.4: dropout applies to the sums of embeddings and positional encodings, in encoder and decoder.
+
+    If it drops everything, both stacks start from zeros.
+    """
+    monkeypatch.setattr(main, "dropout", lambda rng, x, rate: jnp.zeros_like(x))
+    params = random_params(main.init_model, VOCAB_SIZE, *SIZES)
+    p, zeros = in_float64(params), np.zeros((len(TOKENS), D_MODEL))
+    logits = decoder(p["decoder"], zeros[:5], encoder(p["encoder"], zeros)) @ p["embedding"].T
+    output = jax.jit(lambda params: main.model(params, TOKENS, TOKENS[:5]))(params)
+    np.testing.assert_allclose(output, logits, rtol=1e-6, atol=5e-6)
 
 
 def test_5_4_without_a_key_there_is_no_dropout():
