@@ -354,10 +354,8 @@ def parse_arguments():
     require(others >= batch_size, f"FILE needs {batch_size} distinct sources besides TEXT (--batch-size), got {others}")
     args.text, args.symbols = text, "".join(sorted(set("".join(strings))))
     require(1 <= len(text) <= MAX_LENGTH, f"TEXT must have 1 to {MAX_LENGTH} characters, got {len(text)}")
-    unknown = "".join(sorted(set(text) - set(args.symbols)))
-    require(
-        not unknown, f"TEXT must be {'printable ASCII' if pairs is None else 'in characters of FILE'}, not {unknown!a}"
-    )
+    wrong = "".join(sorted(set(text) - set(args.symbols)))
+    require(not wrong, f"TEXT must be {'printable ASCII' if pairs is None else 'characters of FILE'}, not {wrong!a}")
     require(0 <= args.dropout_rate < 1, f"--dropout-rate must be at least 0 and below 1, got {args.dropout_rate}")
     require(d_model % 2 == 0, f"--d-model must be even (sines and cosines come in pairs), got {d_model}")
     require(d_model % num_heads == 0, f"--num-heads must divide --d-model, got {num_heads} and {d_model}")

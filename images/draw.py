@@ -4,8 +4,11 @@ Random seeds are fixed. The code in the boxes is copied from the source; tests/t
 exists there. flash_attention.png shows the temporary memory that XLA plans on this machine (README: a CPU).
 """
 
+import contextlib
 import functools
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from PIL import Image
 
 IMAGES = Path(__file__).parent
+README = (IMAGES.parent / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(IMAGES.parent))
 
 # ruff: noqa: E402 - the imports below need the path above
@@ -140,19 +144,33 @@ def transformer_layer():
     figure.savefig(IMAGES / "transformer_layer.png")
 
 
+def trained(pairs, symbols, batch_size, steps, warmup_steps):
+    """Trains as main.py does, by default: yields the parameters after each step, and finally their average."""
+    generator, (rng, _) = np.random.default_rng(0), jax.random.split(jax.random.key(0))
+    m, n = (max(map(len, strings)) + 1 for strings in pairs.T)
+    params = jax.jit(lambda: main.init_model(rng, len(symbols) + 1, 2, 64, 4, 128))()
+    moments, mean = main.init_adam(params), params
+    train_step, average = jax.jit(main.train_step), jax.jit(main.average)
+    yield params
+    for step in range(1, steps + 1):
+        sources, targets = pairs[generator.integers(len(pairs), size=batch_size)].T
+        batch = main.as_tokens(sources, m, symbols), main.as_tokens(targets, n, symbols)
+        params, moments, _ = train_step(params, moments, step, *batch, warmup_steps)
+        count = step - (steps - main.AVERAGED_STEPS)
+        if count > 0:
+            mean = average(mean, params, count)
+        yield params if step < steps else mean
+
+
 def learned_attention():
     """`python main.py` as an animation: the output, the cross-attention and the accuracy during training."""
-    text, batch_size, steps, warmup_steps = "attention is all you need", 16, 320, 400  # the defaults of main.py
-    generator, extra = np.random.default_rng(0), np.random.default_rng(1)
-    # The test strings of main.py come first, so that the training batches are the same as there. Then 16 more.
-    source = np.concatenate([main.random_strings(g, batch_size, len(text)) for g in (generator, extra)])
-    source[0] = [main.SYMBOLS.index(symbol) for symbol in text]
-    target = main.task(source)
-    expected = main.as_text(target[0])
-    init_model = jax.jit(main.init_model, static_argnums=(1, 2, 3, 4, 5))
-    params = init_model(jax.random.key(0), len(main.SYMBOLS), 2, 64, 4, 128)
-    moments, mean = main.init_adam(params), params
-    train_step, generate, average = jax.jit(main.train_step), jax.jit(main.generate), jax.jit(main.average)
+    text, steps, symbols = "attention is all you need", 380, "".join(map(chr, range(32, 127)))
+    test = main.random_pairs(np.random.default_rng(1), 32, len(text))
+    test[0] = text, main.task(text)
+    expected = test[0, 1]
+    source, target = main.as_tokens(test.T, len(text) + 1, symbols)
+    pairs = main.random_pairs(np.random.default_rng(0), 20_000, len(text))
+    generate = jax.jit(main.generate, static_argnums=2)
     cross_attention_weights = jax.jit(main.cross_attention_weights)
 
     height = 6.2
@@ -187,22 +205,18 @@ def learned_attention():
     right.spines[["top", "right"]].set_visible(False)
 
     accuracies, frames = [], []
-    for step in range(steps + 1):
-        if step > 0:
-            strings = main.random_strings(generator, batch_size, len(text))
-            params, moments, _ = train_step(params, moments, step, strings, main.task(strings), warmup_steps)
-        if step > steps - main.AVERAGED_STEPS:
-            mean = average(mean, params, step - (steps - main.AVERAGED_STEPS))
-        if step % 8 == 0:
-            shown = mean if step == steps else params  # the last frame shows the result
-            output = np.asarray(generate(shown, source))
+    for step, params in enumerate(trained(pairs, symbols, 16, steps, 560)):  # the defaults of main.py
+        if step % 10 == 0:
+            output = np.asarray(generate(params, source, target.shape[1]))
             accuracies.append((step, (output == target).mean()))
             curve.set_data(*zip(*accuracies, strict=True))
-            weights = np.asarray(cross_attention_weights(shown, source, target))[0].mean(axis=0)
+            weights = np.asarray(cross_attention_weights(params, source, target))[0].mean(axis=0)
+            weights = weights[: len(text), : len(text)]
             image.set(data=weights, clim=(0, weights.max()))  # the largest weight is darkest, as in main.py
             averaged = f"average of the last {main.AVERAGED_STEPS} steps"
-            title.set_text(averaged if step == steps else f"step {step:>3} of {steps}")
-            for (background, letter), symbol, correct in zip(tiles, main.as_text(output[0]), expected, strict=True):
+            title.set_text(averaged if step == steps else f"step {step:>3} of {steps}")  # the last frame is the result
+            written = main.as_text(output[0], symbols).ljust(len(text))
+            for (background, letter), symbol, correct in zip(tiles, written, expected, strict=False):
                 color = BLUE if symbol == correct else ORANGE
                 background.set_facecolor(LIGHT[color])
                 letter.set(text=symbol, color=color)
@@ -216,6 +230,31 @@ def learned_attention():
     first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     milliseconds = [120] * len(others) + [4000]
     first.save(IMAGES / "learned_attention.gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def dates():
+    """Cross-attention of a model that learned the dates of README: rows are the output, columns the input."""
+    code = re.search(r"^```python\n(.*?dates\.tsv.*?)^```$", README, re.DOTALL | re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        exec(code.replace("import random", "import random\nrandom.seed(0)"), {})
+        pairs = main.read_pairs("dates.tsv")
+    symbols = "".join(sorted(set("".join(pairs.flat))))
+    examples = np.array([("March 14, 2001", "2001-03-14"), ("Saturday, 27 June 1987", "1987-06-27")])
+    pairs = pairs[~np.isin(pairs[:, 0], examples[:, 0])]  # these two are never seen in training
+    *_, params = trained(pairs, symbols, 64, 800, 560)
+    source = main.as_tokens(examples[:, 0], 40, symbols)
+    output = jax.jit(main.generate, static_argnums=2)(params, source, 11)
+    weights = np.asarray(jax.jit(main.cross_attention_weights)(params, source, output)).mean(axis=1)
+    width = [len(text) for text in examples[:, 0]]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", width_ratios=width)
+    for axis, text, tokens, written in zip(axes, examples[:, 0], np.asarray(output), weights, strict=True):
+        text_written = main.as_text(tokens, symbols)
+        axis.imshow(written[: len(text_written), : len(text)], cmap="Blues")
+        axis.set_xticks(range(len(text)), text, family=MONOSPACED, size=10)
+        axis.set_yticks(range(len(text_written)), text_written, family=MONOSPACED, size=10)
+        axis.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
+        axis.spines[:].set_color(LIGHT[GREY])
+    figure.savefig(IMAGES / "dates.png")
 
 
 def megabytes(attention, shape):
@@ -276,5 +315,5 @@ def flash():
 
 
 if __name__ == "__main__":
-    for draw in (attention, transformer_layer, learned_attention, flash):
+    for draw in (attention, transformer_layer, learned_attention, dates, flash):
         draw()
