@@ -304,7 +304,7 @@ def hold_out(generator, pairs, text, count):
 def as_tokens(strings, length, symbols):
     """Strings (...) -> tokens (..., length): i for symbols[i - 1], then END. Raises ValueError for other strings."""
     strings, tokens = np.asarray(strings), {symbol: token for token, symbol in enumerate(symbols, start=1)}
-    if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= set(symbols)]:
+    if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
         raise ValueError(f"strings must have at most {length} of the characters {symbols!a}, got {wrong[0]!a}")
     rows = [[tokens[symbol] for symbol in string] + (length - len(string)) * [END] for string in strings.flat]
     return np.array(rows, np.int32).reshape(*strings.shape, length)
@@ -392,7 +392,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # prints ? for characters that the terminal cannot encode
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     text, symbols, steps, batch_size = args.text, args.symbols, args.steps, args.batch_size
-    numpy_rng = np.random.default_rng(args.seed)
+    numpy_rng = np.random.default_rng(args.seed)  # for the data
     init_rng, dropout_rng = jax.random.split(jax.random.key(args.seed))
     if args.pairs is None:
         pairs = random_pairs(numpy_rng, batch_size + 20_000, len(text))
@@ -457,10 +457,10 @@ def main():
             print(f'step {step:>5}  loss {value:7.4f}  accuracy {accuracy:>7}  "{output[:34]}"')  # 80 columns
 
     print("\n4. Result: the model's output for TEXT\n")
-    tokens = [np.asarray(decode(candidate, source, n)) for candidate in (params, mean)]
-    matches = [(candidate == test[1]).all(axis=1)[counted[:, 0]] for candidate in tokens]
-    exact = [f"{matching.sum()}/{matching.size}" if matching.size else "-" for matching in matches]
-    output = as_text(tokens[1][0], symbols)
+    generated = [np.asarray(decode(parameters, source, n)) for parameters in (params, mean)]
+    matches = [(tokens == test[1]).all(axis=1)[counted[:, 0]] for tokens in generated]
+    exact = [f"{match.sum()}/{match.size}" if match.size else "-" for match in matches]
+    output = as_text(generated[1][0], symbols)
     print(f'input   "{text}"\noutput  "{output}"')
     if output != answers[0] is not None:
         print(f'answer  "{answers[0]}"')
@@ -469,7 +469,7 @@ def main():
 
     print("\n5. Attention: cross-attention of the last decoder layer, mean of its heads")
     print("   rows: output, columns: input; a fuller block means more attention\n")
-    weights = np.asarray(weights_of(mean, source, tokens[1]))[0].mean(axis=0)
+    weights = np.asarray(weights_of(mean, source, generated[1]))[0].mean(axis=0)
     show_attention(weights[: len(output), : len(text)], text, output)
 
 

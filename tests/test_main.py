@@ -446,8 +446,8 @@ def test_flags_seed_and_encoding(monkeypatch):
 def test_a_terminal_sees_a_counter(monkeypatch, tmp_path):
     """On a terminal, the counter of steps is overwritten by the next line. Output without an encoding works.
 
-    Also: a TEXT that FILE lacks has no answer, and with a batch of one there is nothing to count. Dropout is on. With a
-    single step, the average is the donated state's successor: no donated array is used again.
+    Also: a TEXT that FILE lacks has no answer, and with a batch of one there is nothing to count. Dropout is on. There
+    is a single step, after which the donated parameters and moments must not be used again.
     """
     file = tmp_path / "pairs.tsv"
     file.write_text("ab\tcafé\nba\tx\n", encoding="utf-8")

@@ -1,6 +1,8 @@
 """README.md: its commands and code run, and its excerpts are in the source."""
 
 import ast
+import contextlib
+import datetime
 import re
 import shlex
 import sys
@@ -10,6 +12,7 @@ import jax
 import pytest
 
 import main
+from common import run_here
 from transformer_layer import init_encoder_layer
 
 ROOT = Path(__file__).parents[1]
@@ -45,14 +48,31 @@ def test_links_and_names():
         assert f"\ndef {name}(" in SOURCE, name
 
 
-def test_the_python_blocks_run():
-    """Each block ends in an expression and its result, as a comment."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which the first Python block of README has written its file of pairs."""
+    folder = tmp_path_factory.mktemp("readme")
+    with contextlib.chdir(folder):
+        exec(BLOCKS["python"][0], {})
+    return folder
+
+
+def test_the_file_of_pairs(folder):
+    """The first block writes dates in five styles, and their ISO form."""
+    pairs = main.read_pairs(folder / "dates.tsv")
+    assert pairs.shape == (20_000, 2)
+    assert all(datetime.date.fromisoformat(target).strftime("%Y") in source for source, target in pairs)
+
+
+def test_the_python_blocks_run(folder):
+    """Each of the other blocks ends in an expression and its result, as a comment."""
     names = {}
-    assert len(BLOCKS["python"]) == 5
-    for text in BLOCKS["python"]:
-        exec(text, names)
-        expression, result = text.splitlines()[-1].split("  # ")
-        assert str(eval(expression, names)) == result
+    assert len(BLOCKS["python"]) == 7
+    with contextlib.chdir(folder):
+        for text in BLOCKS["python"][1:]:
+            exec(text, names)
+            expression, result = text.splitlines()[-1].split("  # ")
+            assert str(eval(expression, names)) == result
 
 
 def test_the_parameter_tree():
@@ -66,13 +86,16 @@ def test_the_parameter_tree():
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_commands_are_accepted(monkeypatch, command):
-    """Each command runs a script that exists, and main.py accepts its arguments."""
+def test_commands_are_accepted(monkeypatch, folder, command):
+    """Each command runs a script that exists, and main.py accepts its arguments; with `--pairs`, it runs."""
+    monkeypatch.chdir(folder)
     script, *arguments = shlex.split(command.removeprefix("python "), comments=True)
     if script == "-m":  # pytest
         script, arguments = next(word for word in arguments if word.startswith("tests/")), []
     assert (ROOT / script).is_file()
-    if script == "main.py" and not {"--help", "--distributed"} & set(arguments):
+    if "--pairs" in arguments:
+        assert "5. Attention" in run_here(monkeypatch, *arguments, "--steps", "1", one_device=True)
+    elif script == "main.py" and not {"--help", "--distributed"} & set(arguments):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         monkeypatch.setattr(jax, "device_count", lambda: 8)
         monkeypatch.setattr(jax, "make_mesh", lambda *arguments, **options: None)
