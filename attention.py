@@ -25,7 +25,7 @@ def causal_mask(length):
 
 
 def padding_mask(lengths, max_length):
-    """Lets each query attend only to the first `lengths` keys.
+    """Lets each query attend only to the first `lengths` keys of its sequence.
 
     lengths (...,), one integer per sequence -> boolean mask (..., 1, 1, max_length). The two axes of length 1 broadcast
     over heads and queries; for arrays without a head axis, use `mask[..., 0, :, :]`.

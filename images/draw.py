@@ -246,7 +246,7 @@ def dates():
     output = jax.jit(main.generate, static_argnums=2)(params, source, 11)
     weights = np.asarray(jax.jit(main.cross_attention_weights)(params, source, output)).mean(axis=1)
     width = [len(text) for text in examples[:, 0]]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", width_ratios=width)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained", width_ratios=width)
     for axis, text, tokens, written in zip(axes, examples[:, 0], np.asarray(output), weights, strict=True):
         text_written = main.as_text(tokens, symbols)
         axis.imshow(written[: len(text_written), : len(text)], cmap="Blues")
