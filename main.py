@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends the program at any time, without a traceback
+if __name__ == "__main__":  # Ctrl-C ends the program without a traceback, also during the imports below
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
@@ -125,7 +125,7 @@ def generate(params, source, length):
         raise ValueError(f"length must be a Python int of at least 1 (under jax.jit: static), got {length!r}")
     memory, memory_mask = encode(params, source)
     weights = params["decoder"]["self_attention"]
-    num_layers, _, num_heads, d_k = weights["key"].shape
+    num_layers, _, num_heads, d_k = weights["query"].shape
     dtype = jnp.result_type(memory, weights["key"], weights["value"])
     cache = jnp.zeros((num_layers, 2, *memory.shape[:-2], num_heads, length, d_k), dtype)  # 2: keys and values
 
@@ -181,7 +181,7 @@ def loss(params, source, target, **options):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
     The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. The mean is
-    over the tokens of all targets up to the first END, that one included. Options are as in `model`.
+    over all target tokens up to and including the first END. Options are as in `model`.
     """
     target = jnp.asarray(target)
     logits = model(params, source, shift_right(target), **options)
@@ -226,7 +226,7 @@ def train_step(params, moments, step, source, target, warmup_steps, **options):
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean, in at least float32. Updates a mean of count - 1 sets with the count-th set."""
+    """Section 6.1: the running mean, in at least float32. Adds the count-th set to a mean of count - 1 sets."""
     return jax.tree.map(lambda m, p: m + (p - m.astype(at_least_float32(m, p))) / count, mean, params)
 
 
@@ -276,7 +276,7 @@ def read_pairs(file):
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {file} as UTF-8: {error}") from None
+        raise argparse.ArgumentTypeError(f"cannot read {file}: {error}") from None
     pairs = []
     for number, line in enumerate(lines, start=1):
         if "\t" in line or line.strip():
@@ -292,9 +292,9 @@ def read_pairs(file):
 
 
 def hold_out(generator, pairs, text, count):
-    """Splits pairs (n, 2) into `count` test pairs with distinct sources, text first, and pairs with other sources.
+    """Holds out `count` test pairs with distinct sources, text first. Training keeps the pairs with other sources.
 
-    Returns the test sources, their targets (None for a text that has no pair), and the other pairs, for training.
+    pairs (n, 2) -> the test sources, their targets (None for a text that has no pair), and the training pairs.
     """
     targets = dict(generator.permutation(pairs).tolist())
     sources = [text, *(source for source in targets if source != text)][:count]
@@ -305,7 +305,7 @@ def as_tokens(strings, length, symbols):
     """Strings (...) -> tokens (..., length): i for symbols[i - 1], then END. Raises ValueError for other strings."""
     strings, tokens = np.asarray(strings), {symbol: token for token, symbol in enumerate(symbols, start=1)}
     if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
-        raise ValueError(f"strings must have at most {length} of the characters {symbols!a}, got {wrong[0]!a}")
+        raise ValueError(f"strings must have at most {length} characters, all from {symbols!a}, got {wrong[0]!a}")
     rows = [[tokens[symbol] for symbol in string] + (length - len(string)) * [END] for string in strings.flat]
     return np.array(rows, np.int32).reshape(*strings.shape, length)
 
@@ -323,7 +323,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.description = "Initialize a Transformer, run it, train it to reverse strings or on your pairs, and apply it."
     add, default = parser.add_argument, "attention is all you need"
-    add("TEXT", nargs="*", default=default, help="what to apply the model to; put -- before it if it begins with -")
+    add("TEXT", nargs="*", default=default, help="input (--pairs: of FILE); put -- before it if it begins with -")
     add("--pairs", type=read_pairs, metavar="FILE", help="learn from FILE: on each line, a source, a tab, its target")
     add("--num-layers", type=int, default=2, help="number N of encoder layers, and of decoder layers")
     add("--num-heads", type=int, default=4, help="number h of attention heads (must divide --d-model)")
@@ -395,13 +395,12 @@ def main():
     numpy_rng = np.random.default_rng(args.seed)  # for the data
     init_rng, dropout_rng = jax.random.split(jax.random.key(args.seed))
     if args.pairs is None:
-        pairs = random_pairs(numpy_rng, batch_size + 20_000, len(text))
-        pairs[0] = text, task(text)
+        pairs = np.concatenate([[(text, task(text))], random_pairs(numpy_rng, batch_size + 19_999, len(text))])
         sources, answers, training = *pairs[:batch_size].T.tolist(), pairs[batch_size:]
     else:
         sources, answers, training = hold_out(numpy_rng, args.pairs, text, batch_size)
     n = max(map(len, [*filter(None, answers), *training[:, 1]])) + 1  # with END
-    m = max(n, *map(len, [*sources, *training[:, 0]]))  # equal lengths compile faster
+    m = max(n, *map(len, [*sources, *training[:, 0]]))  # if m = n, encoder and decoder compile faster
     test = as_tokens(sources, m, symbols), as_tokens([answer or "" for answer in answers], n, symbols)
     counted = np.arange(n) <= [[-1 if answer is None else len(answer)] for answer in answers]  # tokens up to END
 
@@ -433,7 +432,7 @@ def main():
     print(f"source            {source.shape!s:>16}\ntarget            {target.shape!s:>16}")
     print(f"logits            {(*target.shape, len(symbols) + 1)!s:>16}")
     print(f"devices           {tuple(mesh.shape.values())!s:>16}  (data, model)")
-    forward = jax.jit(model)
+    forward = jax.jit(lambda params, source, target: model(params, source, shift_right(target)))
     for call in ("first call", "second call"):
         start = time.perf_counter()
         jax.block_until_ready(forward(params, source, target))

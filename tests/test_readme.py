@@ -72,7 +72,7 @@ def test_the_python_blocks_run(folder):
         for text in BLOCKS["python"][1:]:
             exec(text, names)
             expression, result = text.splitlines()[-1].split("  # ")
-            assert str(eval(expression, names)) == result
+            assert repr(eval(expression, names)) == result
 
 
 def test_the_parameter_tree():
