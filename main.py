@@ -244,7 +244,7 @@ def partition_specs(params):
 
     def spec(path, leaf):
         axis, num_axes = axes.get(jax.tree_util.keystr(path[-1:], simple=True), (0, math.inf))
-        leading = np.ndim(leaf) - num_axes  # the axes of layers
+        leading = np.ndim(leaf) - num_axes  # the number of layer axes
         return P(*[None] * (leading + axis), "model") if leading >= 0 else P()
 
     return jax.tree.map_with_path(spec, params)
@@ -347,12 +347,11 @@ def parse_arguments():
             least, flag = int(name not in ("steps", "seed")), f"--{name.replace('_', '-')}"
             require(least <= value < 2**31, f"{flag} must be from {least} to 2^31 - 1, got {value}")
     pairs, batch_size, d_model, num_heads = args.pairs, args.batch_size, args.d_model, args.num_heads
-    strings = map(chr, range(32, 127)) if pairs is None else pairs.flat
     texts = [default] if pairs is None else np.random.default_rng(args.seed).permutation(pairs[:, 0]).tolist()
-    text = next(filter(None, texts), "") if args.TEXT is default else " ".join(args.TEXT)
+    args.text = text = next(filter(None, texts), "") if args.TEXT is default else " ".join(args.TEXT)
     others = batch_size if pairs is None else len(set(pairs[:, 0]) - {text})
     require(others >= batch_size, f"FILE needs {batch_size} distinct sources besides TEXT (--batch-size), got {others}")
-    args.text, args.symbols = text, "".join(sorted(set("".join(strings))))
+    args.symbols = "".join(map(chr, range(32, 127))) if pairs is None else "".join(sorted(set("".join(pairs.flat))))
     require(1 <= len(text) <= MAX_LENGTH, f"TEXT must have 1 to {MAX_LENGTH} characters, got {len(text)}")
     wrong = "".join(sorted(set(text) - set(args.symbols)))
     require(not wrong, f"TEXT must be {'printable ASCII' if pairs is None else 'characters of FILE'}, not {wrong!a}")
@@ -376,7 +375,8 @@ def parse_arguments():
 def show_attention(weights, text, output):
     """Prints attention weights (n, m): a row for each character of output, a column for each character of text."""
     if not output or not np.isfinite(weights).all():
-        return print("nothing to draw:", "the weights are not finite" if output else "the output is empty")
+        print("nothing to draw:", "the weights are not finite" if output else "the output is empty")
+        return
     shades = " ░▒▓█" if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else " .:*#"
     levels = (weights / weights.max() * (len(shades) - 0.01)).astype(int)  # 0, ..., len(shades) - 1
     print(f"  {text}")
@@ -409,8 +409,9 @@ def main():
         return params, init_adam(params)
 
     def update(params, moments, step, *batch):
-        rng, rate = jax.random.fold_in(dropout_rng, step) if args.dropout_rate else None, args.dropout_rate
-        return train_step(params, moments, step, *batch, args.warmup_steps, dropout_rng=rng, dropout_rate=rate)
+        rng = jax.random.fold_in(dropout_rng, step) if args.dropout_rate else None  # a rate of 0 needs no key
+        options = {"dropout_rng": rng, "dropout_rate": args.dropout_rate}
+        return train_step(params, moments, step, *batch, args.warmup_steps, **options)
 
     replicated, batch_split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     state_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(jax.eval_shape(init)))
@@ -461,7 +462,7 @@ def main():
     exact = [f"{match.sum()}/{match.size}" if match.size else "-" for match in matches]
     output = as_text(generated[1][0], symbols)
     print(f'input   "{text}"\noutput  "{output}"')
-    if output != answers[0] is not None:
+    if answers[0] not in (None, output):
         print(f'answer  "{answers[0]}"')
     print(f"exact matches: {exact[0]} (final parameters)", end="")
     print(f", {exact[1]} (average of the last {averaged} steps)" if averaged > 1 else "")

@@ -9,8 +9,8 @@ einsum strings:
     m    key and value positions       k  d_k = d_model / h, the dimension of queries and keys
     f    d_ff                          v  d_v = d_k, the dimension of values
 
-Results have the dtype of the input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `attention`
-and, if it is an argument, `causal` are static: `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`, but
+Results have the dtype of the input x (or query), whatever the dtype of the parameters. Under `jax.jit`, `causal` and
+`attention` are static: `jax.jit(encoder_layer, static_argnames=("causal", "attention"))`. A decoder is always causal:
 `jax.jit(decoder_layer, static_argnames="attention")`. Invalid arguments raise while tracing: ValueError for shapes and
 values, TypeError for dtypes.
 """

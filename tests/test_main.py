@@ -95,7 +95,7 @@ def test_nothing_after_end_in_a_source_changes_anything(params64):
 
 
 def test_nothing_after_end_in_a_target_changes_anything(params64):
-    """The loss and its gradient count the tokens up to the first END. What comes after it changes only its logits."""
+    """The loss and its gradient count the tokens up to the first END. Later tokens change only later logits."""
     expected = outcome(params64, SOURCES, TARGETS)
     padded, longer = (outcome(params64, SOURCES, extended(TARGETS, *tail)) for tail in ((0, 0), (2, 2)))
     assert_same(longer["weights"], padded["weights"])
@@ -104,7 +104,7 @@ def test_nothing_after_end_in_a_target_changes_anything(params64):
         assert_same(actual, expected)
 
 
-def test_a_batch_of_mixed_lengths_gives_what_each_string_gives_alone(params64):
+def test_a_batch_of_mixed_lengths_equals_each_string_alone(params64):
     """Strings of lengths 5, 2 and 0 in one batch: each result equals that of the string alone, without padding."""
     batch = outcome(params64, SOURCES, TARGETS)
     losses = [4 * jax.jit(main.loss)(params64, SOURCES[0], TARGETS[0])]
