@@ -304,7 +304,7 @@ def hold_out(generator, pairs, text, count):
 def as_tokens(strings, length, symbols):
     """Strings (...) -> tokens (..., length): i for symbols[i - 1], then END. Raises ValueError for other strings."""
     strings, tokens = np.asarray(strings), {symbol: token for token, symbol in enumerate(symbols, start=1)}
-    if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
+    if wrong := [str(string) for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
         raise ValueError(f"strings must have at most {length} characters, all from {symbols!a}, got {wrong[0]!a}")
     rows = [[tokens[symbol] for symbol in string] + (length - len(string)) * [END] for string in strings.flat]
     return np.array(rows, np.int32).reshape(*strings.shape, length)

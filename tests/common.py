@@ -1,7 +1,7 @@
 """Random inputs and parameters for the tests, and main.py as a user runs it."""
 
-import functools
 import io
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import main
 
@@ -23,36 +25,37 @@ def arrays(*shapes, seed=0, dtype=jnp.float32):
     return [jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes]
 
 
-def random_params(init, *sizes, seed=0):
+def random_params(init, *sizes, seed=0, dtype=np.float32):
     """The pytree of `init(rng, *sizes)` with normal values, so that biases differ from 0 and scales from 1."""
     tree = jax.eval_shape(lambda: init(jax.random.key(0), *sizes))
     generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: (0.4 * generator.standard_normal(leaf.shape)).astype(np.float32), tree)
+    return jax.tree.map(lambda leaf: (0.4 * generator.standard_normal(leaf.shape)).astype(dtype), tree)
 
 
-def run_here(monkeypatch, *arguments, encoding="ascii", one_device=False):
-    """Runs main.py in this process, with stdout in this encoding, and returns its output.
+def cpu_mesh(*shape, axis_type=AxisType.Auto):
+    """A mesh of CPU devices with the axes "data" and "model"."""
+    devices = jax.devices("cpu")[: math.prod(shape)]
+    return jax.make_mesh(shape, ("data", "model"), (axis_type,) * 2, devices=devices)
 
-    A single device is faster than the virtual devices of conftest.py.
-    """
-    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else Terminal()
+
+def placed(mesh, params, *inputs):
+    """The parameters and inputs on a mesh of CPU devices, split as in main.py."""
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), main.partition_specs(params))
+    return jax.device_put((params, *inputs), (shardings, *len(inputs) * [NamedSharding(mesh, P("data"))]))
+
+
+def run_here(monkeypatch, *arguments, encoding="ascii"):
+    """Runs main.py in this process on one device, and returns its output. Without an encoding, it is a terminal's."""
+    output, mesh = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else io.StringIO(), cpu_mesh(1, 1)
+    output.isatty = lambda: not encoding
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", *arguments])
         patch.setattr(sys, "stdout", output)
-        if one_device:
-            patch.setattr(jax, "device_count", lambda: 1)
-            patch.setattr(jax, "make_mesh", functools.partial(jax.make_mesh, devices=jax.devices("cpu")[:1]))
+        patch.setattr(jax, "device_count", lambda: 1)
+        patch.setattr(jax, "make_mesh", lambda *_, **__: mesh)
         main.main()
     output.seek(0)
     return output.read()
-
-
-class Terminal(io.StringIO):
-    """A terminal that does not tell its encoding."""
-
-    def isatty(self):
-        """Whether it is a terminal."""
-        return True
 
 
 def start(*arguments, **environment):

@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import (
-    attention_weights,
-    causal_mask,
-    flash_attention,
-    padding_mask,
-    scaled_dot_product_attention,
-)
+from attention import attention_weights, causal_mask, flash_attention, padding_mask, scaled_dot_product_attention
 from common import arrays
 from test_paper import equation_1
 

@@ -127,18 +127,12 @@ def test_large_scores(score):
     np.testing.assert_allclose(flashed[3], expected[3], rtol=0.02)
 
 
-def test_scores_below_the_range_of_float32():
-    """In float64, the running maximum starts below every finite score."""
+def test_float64_beyond_the_range_of_float32():
+    """In float64, the running maximum starts below every score, and value may exceed the range of query and key."""
     with jax.enable_x64(True):
         inputs = np.full((5, 1), -1e300), np.ones((5, 1)), np.arange(5.0)[:, None]
         np.testing.assert_allclose(flash(*inputs, block_size=2), plain(*inputs), rtol=1e-12)
-
-
-def test_a_wider_value():
-    """In float64, value and output may exceed the range of query and key, which are float32."""
-    with jax.enable_x64(True):
-        query, key = arrays((5, 4), (5, 4))
-        (value,) = arrays((5, 6), dtype=jnp.float64)
+        (query, key), (value,) = arrays((5, 4), (5, 4)), arrays((5, 6), dtype=jnp.float64)
         mask = np.arange(5)[:, None] != 2
         output, expected = flash(query, key, 1e300 * value, mask, block_size=2), plain(query, key, value, mask)
         assert output.dtype == expected.dtype == jnp.float64

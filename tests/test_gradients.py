@@ -23,10 +23,7 @@ def cases():
     x, memory, query, key, value, scale, bias = arrays((N, D), (M, D), (N, 2), (M, 2), (M, 3), (D,), (D,))
     return {
         "attention_weights": (lambda *qk: attention_weights(*qk, MASK), (query, key)),
-        "scaled_dot_product_attention": (
-            lambda *qkv: scaled_dot_product_attention(*qkv, MASK),
-            (query, key, value),
-        ),
+        "scaled_dot_product_attention": (lambda *qkv: scaled_dot_product_attention(*qkv, MASK), (query, key, value)),
         "flash_attention": (lambda *qkv: FLASH(*qkv, MASK), (query, key, value)),
         "flash_attention, causal": (lambda q, kv: FLASH(q, kv, kv, causal=True), (x, np.flip(x))),
         "multi_head_attention": (
@@ -41,19 +38,13 @@ def cases():
             (random_params(tl.init_decoder, 2, D, H, F, seed=3), x, memory),
         ),
         # The whole model, with padding. The gradient of the embedding comes from both inputs and from the logits.
-        "loss": (
-            lambda p: main.loss(p, SOURCES, TARGETS),
-            (random_params(main.init_model, 5, 2, D, H, F, seed=3),),
-        ),
+        "loss": (lambda p: main.loss(p, SOURCES, TARGETS), (random_params(main.init_model, 5, 2, D, H, F, seed=3),)),
     }
 
 
 @pytest.mark.parametrize("name", cases())
 def test_derivatives(name):
-    """First and second derivatives, in forward and reverse mode, along random directions.
-
-    flash_attention supports only reverse mode; its second derivatives are in test_flash.py.
-    """
+    """First and second derivatives, in forward and reverse mode (flash_attention: only reverse; see test_flash.py)."""
     with jax.enable_x64(True):
         function, arguments = cases()[name]
         function, arguments = jax.jit(function), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), arguments)

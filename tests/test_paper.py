@@ -21,6 +21,7 @@ SIZES = LAYERS, D_MODEL, HEADS, D_FF
 N, M = 5, 7  # positions, positions of the memory
 X, MEMORY, VALUE = arrays((N, D_MODEL), (M, D_MODEL), (M, D_MODEL))
 TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
+encodings = jax.jit(main.positional_encoding, static_argnums=(0, 1))
 
 
 # ---- The paper's equations in NumPy, float64, for a single sequence --------------------------------------------------
@@ -104,29 +105,18 @@ def flops(function, *inputs):
         return jax.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
 
 
-def shape(*sizes):
-    """A float32 array without contents."""
-    return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-
 def depends(function, *inputs):
-    """For each input, booleans (n, m): whether output position i depends on input position j.
-
-    Computed from the Jacobians (n, d, m, d), without a tolerance: no dependence means exact zeros.
-    """
+    """For each input, booleans (n, m): whether output position i depends on input position j, without a tolerance."""
     jacobians = jax.jit(jax.jacfwd(function, argnums=range(len(inputs))))(*inputs)
     assert all(np.isfinite(jacobian).all() for jacobian in jacobians)
-    return [(np.asarray(jacobian) != 0).any(axis=(1, 3)) for jacobian in jacobians]
+    return [(np.asarray(jacobian) != 0).any(axis=(1, 3)) for jacobian in jacobians]  # (n, d, m, d) -> (n, m)
 
 
 # ---- The claims, in the order of the paper ---------------------------------------------------------------------------
 
 
 def test_3_1_each_sublayer_is_layer_norm_of_x_plus_sublayer_of_x():
-    """Section 3.1: the output of each sub-layer is LayerNorm(x + Sublayer(x)), in the encoder and in the decoder.
-
-    Layer normalization before the sub-layer, as in later models, gives different results.
-    """
+    """Section 3.1: each sub-layer outputs LayerNorm(x + Sublayer(x)); later models normalize before the sub-layer."""
     params = random_params(tl.init_encoder, *SIZES)
     expected = encoder(*in_float64((params, X)))
     np.testing.assert_allclose(jax.jit(tl.encoder)(params, X), expected, rtol=1e-6, atol=1e-6)
@@ -205,7 +195,7 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
     n, d_model = 128, 512
 
     def cost(params):
-        return flops(tl.multi_head_attention, params, *3 * [shape(n, d_model)])
+        return flops(tl.multi_head_attention, params, *3 * arrays((n, d_model)))
 
     single, multi = (
         cost(jax.eval_shape(lambda h=h: tl.init_multi_head_attention(jax.random.key(0), d_model, h))) for h in (1, 8)
@@ -213,8 +203,8 @@ def test_3_2_2_multi_head_costs_as_much_as_single_head():
     # Not exactly: there are eight softmaxes instead of one, 0.15% of the total.
     assert multi == pytest.approx(single, rel=2e-3)
     # Eight heads of dimension d_model would cost eight times as much.
-    full = {name: shape(d_model, 8, d_model) for name in ("query", "key", "value")}
-    assert cost({**full, "output": shape(8, d_model, d_model)}) == pytest.approx(8 * single, rel=2e-3)
+    full, output = arrays((d_model, 8, d_model), (8, d_model, d_model))
+    assert cost({"query": full, "key": full, "value": full, "output": output}) == pytest.approx(8 * single, rel=2e-3)
 
 
 def test_3_2_3_encoder_attends_to_all_positions():
@@ -269,9 +259,6 @@ def test_3_4_embedding_and_softmax_share_one_matrix():
     np.testing.assert_allclose(jax.jit(main.model)(params, TOKENS, TOKENS[:5]), logits, rtol=1e-6, atol=5e-6)
 
 
-encodings = jax.jit(main.positional_encoding, static_argnums=(0, 1))
-
-
 def test_3_5_only_positions_carry_the_order_of_the_sequence():
     """Section 3.5: the encoder is equivariant to permutations of its input, unless positions are added."""
     params = random_params(tl.init_encoder, *SIZES)
@@ -303,7 +290,7 @@ def test_4_the_cost_of_self_attention_grows_as_n_squared_times_d():
     """Section 4, Table 1: the complexity of a self-attention layer is O(n^2 d), in operations counted by XLA."""
 
     def cost(n, d):
-        return flops(scaled_dot_product_attention, *3 * [shape(n, d)])
+        return flops(scaled_dot_product_attention, *3 * arrays((n, d)))
 
     n, d = 1024, 512
     # To leading order: besides the two matrix products, 4 n^2 d, the softmax takes about 6 n^2.
@@ -411,10 +398,7 @@ def test_6_1_average_is_the_mean_of_the_last_parameters():
     ids=["base", "big"],
 )
 def test_6_2_table_3_number_of_parameters(d_model, heads, d_ff, in_the_paper, expected):
-    """Section 6.2, Table 3: the base model has 63.0 million parameters (the paper: 65), the big one 214 (213).
-
-    Six encoder layers, six decoder layers and one embedding of 37,000 tokens. Only shapes, nothing is allocated.
-    """
+    """Section 6.2, Table 3: the base model has 63.0 million parameters (the paper: 65), the big one 214 (213)."""
     model = jax.eval_shape(lambda: main.init_model(jax.random.key(0), 37_000, 6, d_model, heads, d_ff))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert parameters == expected

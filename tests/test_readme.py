@@ -1,7 +1,6 @@
 """README.md: its commands and code run, and its excerpts are in the source."""
 
 import ast
-import contextlib
 import datetime
 import re
 import shlex
@@ -12,7 +11,6 @@ import jax
 import pytest
 
 import main
-from common import run_here
 from transformer_layer import init_encoder_layer
 
 ROOT = Path(__file__).parents[1]
@@ -48,31 +46,20 @@ def test_links_and_names():
         assert f"\ndef {name}(" in SOURCE, name
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder in which the first Python block of README has written its file of pairs."""
-    folder = tmp_path_factory.mktemp("readme")
-    with contextlib.chdir(folder):
-        exec(BLOCKS["python"][0], {})
-    return folder
-
-
-def test_the_file_of_pairs(folder):
-    """The first block writes dates in five styles, and their ISO form."""
-    pairs = main.read_pairs(folder / "dates.tsv")
+def test_the_python_blocks_run(monkeypatch, tmp_path):
+    """The first block writes dates and their ISO form. Each other block ends in an expression and its result."""
+    monkeypatch.chdir(tmp_path)
+    first, *blocks = BLOCKS["python"]
+    exec(first, {})
+    pairs = main.read_pairs("dates.tsv")
     assert pairs.shape == (20_000, 2)
     assert all(datetime.date.fromisoformat(target).strftime("%Y") in source for source, target in pairs)
-
-
-def test_the_python_blocks_run(folder):
-    """Each of the other blocks ends in an expression and its result, as a comment."""
+    assert len(blocks) == 6
     names = {}
-    assert len(BLOCKS["python"]) == 7
-    with contextlib.chdir(folder):
-        for text in BLOCKS["python"][1:]:
-            exec(text, names)
-            expression, result = text.splitlines()[-1].split("  # ")
-            assert repr(eval(expression, names)) == result
+    for text in blocks:
+        exec(text, names)
+        expression, result = text.splitlines()[-1].split("  # ")
+        assert repr(eval(expression, names)) == result
 
 
 def test_the_parameter_tree():
@@ -86,16 +73,15 @@ def test_the_parameter_tree():
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_commands_are_accepted(monkeypatch, folder, command):
-    """Each command runs a script that exists, and main.py accepts its arguments; with `--pairs`, it runs."""
-    monkeypatch.chdir(folder)
+def test_commands_are_accepted(monkeypatch, tmp_path, command):
+    """Each command runs a script that exists, and main.py accepts its arguments."""
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS["python"][0], {})  # writes dates.tsv
     script, *arguments = shlex.split(command.removeprefix("python "), comments=True)
     if script == "-m":  # pytest
         script, arguments = next(word for word in arguments if word.startswith("tests/")), []
     assert (ROOT / script).is_file()
-    if "--pairs" in arguments:
-        assert "5. Attention" in run_here(monkeypatch, *arguments, "--steps", "1", one_device=True)
-    elif script == "main.py" and not {"--help", "--distributed"} & set(arguments):
+    if script == "main.py" and not {"--help", "--distributed"} & set(arguments):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         monkeypatch.setattr(jax, "device_count", lambda: 8)
         monkeypatch.setattr(jax, "make_mesh", lambda *arguments, **options: None)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import transformer_layer as tl
 from attention import flash_attention, padding_mask, scaled_dot_product_attention
-from common import arrays, many_devices, random_params
+from common import arrays, cpu_mesh, many_devices, random_params
 
 LAYERS, D, H, F, N, M = 2, 8, 2, 12, 5, 6
 PARAMS = {
@@ -103,8 +103,7 @@ def test_attention_on_a_mesh(attention, kind):
     def gradient(function):
         return jax.jit(jax.grad(lambda *qkv: jnp.square(function(*qkv)).sum(), argnums=(0, 1, 2)))
 
-    axis_types = 2 * (getattr(AxisType, kind, AxisType.Auto),)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types, devices=jax.devices("cpu")[:8])
+    mesh = cpu_mesh(4, 2, axis_type=getattr(AxisType, kind, AxisType.Auto))
     with jax.set_mesh(mesh):
         split = gradient(mapped)(*jax.device_put(inputs, NamedSharding(mesh, spec)))
     for actual, expected in zip(split, gradient(function)(*inputs), strict=True):

@@ -141,7 +141,7 @@ def test_dropout_is_determined_by_the_key(params):
     assert (tl.dropout(RNG, x, 0) == x).all()
 
 
-X = jnp.zeros((2, N, D))
+X, MASK = jnp.zeros((2, N, D)), jnp.ones((2, N, N), bool)
 BAD_VALUES = {
     "num_heads must divide d_model, got 5 heads and d_model = 12": lambda p: tl.init_encoder_layer(RNG, 12, 5, 8),
     "d_model and d_ff must be at least 1, got 12 and 0": lambda p: tl.init_feed_forward(RNG, 12, 0),
@@ -152,15 +152,9 @@ BAD_VALUES = {
     "key must end in the axes (m d) with d = 12": lambda p: call("decoder", p, X, X[..., :7]),
     "the leading axes of memory must broadcast to x's": lambda p: call("decoder", p, X[0], X),
     "mask must broadcast to (..., n, m) = (2, 3, 5, 5), got shape (2, 5, 5); "
-    "if it is one mask per sequence, add a head axis: mask[:, None]": lambda p: tl.encoder(
-        p["encoder"], X, jnp.ones((2, N, N), bool)
-    ),
-    "mask must broadcast to (..., n, m) = (3, 5, 5), got shape (2, 5, 5)\n": lambda p: tl.encoder(
-        p["encoder"], X[0], jnp.ones((2, N, N), bool)
-    ),
-    "the weight applied to query must have the axes (d h k), got shape (3, 12, 3, 4)": lambda p: tl.encoder_layer(
-        p["encoder"], X
-    ),
+    "if it is one mask per sequence, add a head axis: mask[:, None]": lambda p: tl.encoder(p["encoder"], X, MASK),
+    "(..., n, m) = (3, 5, 5), got shape (2, 5, 5)\n": lambda p: tl.encoder(p["encoder"], X[0], MASK),
+    "query must have the axes (d h k), got shape (3, 12, 3, 4)": lambda p: tl.encoder_layer(p["encoder"], X),
     "a stack needs parameters with a leading layer axis": lambda p: tl.encoder(p["encoder_layer"], X),
     "the dropout rate must be at least 0 and below 1, got 1.0": lambda p: tl.encoder(p["encoder"], X, dropout_rate=1.0),
 }
