@@ -349,14 +349,14 @@ def test_flags_seed_and_terminals(monkeypatch):
 
 
 def test_a_text_that_the_file_lacks(monkeypatch, tmp_path):
-    """It has no answer, and in a batch of one there is nothing to count. Also: a single step, and dropout."""
+    """It has no answer, and in a batch of one there is nothing to count. Also: one step, dropout, an ASCII terminal."""
     file = tmp_path / "pairs.tsv"
     file.write_text("ab\tcafé\nba\tx\n", encoding="utf-8")
-    arguments = ["abba", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
-    output = run_here(monkeypatch, *arguments)
+    arguments = ["bébé", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
+    output = run_here(monkeypatch, *arguments, encoding="ascii")
     assert "3. Training: 1 steps on 2 pairs\n" in output
     assert re.search(r'^step     1  loss +[\d.]+  accuracy       -  "', output, re.MULTILINE)
-    assert '\ninput   "abba"\n' in output
+    assert '\ninput   "b?b?"\n' in output
     assert "answer" not in output
     assert "exact matches: - (final parameters)\n" in output
 
