@@ -45,7 +45,7 @@ def placed(mesh, params, *inputs):
 
 
 def run_here(monkeypatch, *arguments, encoding="ascii"):
-    """Runs main.py in this process on one device, and returns its output. Without an encoding, it is a terminal's."""
+    """Runs main.py in this process on one device, and returns its output. Without an encoding, stdout is a terminal."""
     output, mesh = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else io.StringIO(), cpu_mesh(1, 1)
     output.isatty = lambda: not encoding
     with monkeypatch.context() as patch:

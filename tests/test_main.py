@@ -335,7 +335,7 @@ def test_the_default_run_reverses_a_text_it_never_saw():
 
 
 def test_flags_seed_and_terminals(monkeypatch):
-    """The same seed gives the same output, but terminals see a counter of steps, and ASCII if they tell no encoding."""
+    """The same seed gives the same output. A terminal gets a counter, too, and without an encoding, an ASCII map."""
     in_pipe, in_terminal = (run_here(monkeypatch, "Hello", *SMALL, encoding=encoding) for encoding in ("utf-8", None))
     assert "(2, 16, 2, 8)" in in_pipe  # layers, d_model, heads, d_k
     assert "(2, 16, 24)" in in_pipe  # layers, d_model, d_ff
@@ -446,7 +446,7 @@ def test_control_c_during_compilation():
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, arguments, message):
-    """Invalid input prints the usage and an error that names the flag, and exits with status 2. Bytes are a file."""
+    """Invalid input prints the usage and an error that names the flag. The exit status is 2. Bytes go into a file."""
 
     def no_launcher():
         raise ValueError("coordinator_address should be defined.")

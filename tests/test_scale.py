@@ -78,7 +78,7 @@ def test_many_devices_agree_with_one(shape):
 
 
 def test_two_processes_learn_what_one_learns(monkeypatch):
-    """Two processes, started as by `srun`, with two devices each, have one's losses. Only the first one prints."""
+    """Two processes with two devices each, as `srun` starts them, train like one process. Only the first prints."""
     with socket.socket() as listener:  # JAX derives the port from the Slurm job ID, so use a free port as the ID
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
