@@ -37,6 +37,11 @@ def padding_mask(lengths, max_length):
     return jnp.arange(max_length) < lengths[..., None, None, None]
 
 
+def at_least_float32(*arrays):
+    """The accumulation dtype for these arrays: float64 if any of them is float64, otherwise float32."""
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+
+
 def attention_weights(query, key, mask=None, *, causal=False):
     """The weights of Equation 1: softmax(Q K^T / sqrt(d_k)). Each row is a distribution over the keys.
 
@@ -65,7 +70,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     of value. Fully masked queries output zeros. `causal` and errors are as in `attention_weights`.
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
-    weights = attention_weights(query, key, mask, causal=causal).astype(jnp.result_type(query, key, value))
+    weights = attention_weights(query, key, mask, causal=causal)
+    weights = weights.astype(jnp.result_type(query, key, value))  # in half precision, this product runs in it, too
     dtype = at_least_float32(weights)
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 
@@ -87,7 +93,9 @@ def _block_scores(query, key, mask, causal, i, j):
     mask = mask[i % mask.shape[0], :, j]  # a mask shared by all queries has one block, and i % 1 = 0
     if causal:
         n, m = scores.shape
-        mask &= j * m + jnp.arange(m) <= i * n + jnp.arange(n)[:, None]
+        query_positions = i * n + jnp.arange(n)
+        key_positions = j * m + jnp.arange(m)
+        mask &= key_positions <= query_positions[:, None]
     return jnp.where(mask, scores, -jnp.inf)
 
 
@@ -114,37 +122,38 @@ def _forward(query, key, value, mask, causal):
             block_sum = jnp.einsum("nm,mv->nv", exponentials, value[j], preferred_element_type=dtype)
             return new_maximum, denominator, rescale * weighted_sum + block_sum
 
-        output, logsumexp = results
-        maximum = jnp.full_like(logsumexp[i], jnp.finfo(dtype).min)  # finite, because -infinity - -infinity is NaN
-        sums = maximum, jnp.zeros_like(logsumexp[i]), jnp.zeros_like(output[i], dtype=dtype)
+        output, maximum, denominator = results
+        sums = maximum[i], denominator[i], jnp.zeros_like(output[i], dtype=dtype)
         stop = i + 1 if causal else len(key)  # causal: skip the key blocks after i
-        maximum, denominator, weighted_sum = jax.lax.fori_loop(0, stop, add_block, sums)
-        denominator = jnp.where(denominator == 0, 1, denominator)  # fully masked queries output 0 / 1
-        output = output.at[i].set((weighted_sum / denominator).astype(query.dtype))
-        return output, logsumexp.at[i].set(maximum + jnp.log(denominator))
+        block_maximum, block_denominator, weighted_sum = jax.lax.fori_loop(0, stop, add_block, sums)
+        block_denominator = jnp.where(block_denominator == 0, 1, block_denominator)  # fully masked: output 0 / 1
+        output = output.at[i].set((weighted_sum / block_denominator).astype(query.dtype))
+        return output, maximum.at[i].set(block_maximum), denominator.at[i].set(block_denominator)
 
     # `jnp.zeros_like(query)` has query's sharding; `jnp.zeros` does not.
     output = jnp.zeros_like(query, shape=(num_blocks, n, value.shape[-1]))
-    logsumexp = jnp.zeros_like(query, shape=(num_blocks, n, 1), dtype=dtype)
+    denominator = jnp.zeros_like(query, shape=(num_blocks, n, 1), dtype=dtype)
+    maximum = jnp.full_like(denominator, jnp.finfo(dtype).min)  # finite, because -infinity - -infinity is NaN
     # `fori_loop` compiles its body once. A Python loop would be unrolled, and every iteration compiled.
-    output, logsumexp = jax.lax.fori_loop(0, num_blocks, attend, (output, logsumexp))
-    return output, (query, key, value, mask, output, logsumexp)
+    results = jax.lax.fori_loop(0, num_blocks, attend, (output, maximum, denominator))
+    return results[0], (query, key, value, mask, *results)
 
 
 def _backward(causal, saved, d_output):
     """Algorithm 2 of FlashAttention-2, with the loops of the forward pass: dQ, dK and dV, given dO.
 
-    The weights are recomputed: P = exp(scores - logsumexp). From O = P V follow dV = P^T dO and dP = dO V^T. The
+    The weights are recomputed: P = exp(scores - maximum) / denominator. (The paper saves maximum + log(denominator),
+    which rounds away the second term if scores are large.) From O = P V follow dV = P^T dO and dP = dO V^T. The
     gradient with respect to Q K^T is dS = P * (dP - D) / sqrt(d_k), where D = rowsum(P * dP) equals rowsum(dO * O) and
     needs no n x m matrix. Then dQ = dS K and dK = dS^T Q.
     """
-    query, key, value, mask, output, logsumexp = saved
-    dtype = logsumexp.dtype
+    query, key, value, mask, output, maximum, denominator = saved
+    dtype = denominator.dtype
     row_sums = jnp.einsum("inv,inv->in", d_output, output, preferred_element_type=dtype)[..., None]  # D of each block i
 
     def add_block(i, j, gradients):
         d_query, d_key, d_value = gradients
-        weights = jnp.exp(_block_scores(query, key, mask, causal, i, j) - logsumexp[i])
+        weights = jnp.exp(_block_scores(query, key, mask, causal, i, j) - maximum[i]) / denominator[i]
         d_weights = jnp.einsum("nv,mv->nm", d_output[i], value[j], preferred_element_type=dtype)
         d_scores = weights * (d_weights - row_sums[i]) / math.sqrt(query.shape[-1])
         weights, d_scores = weights.astype(query.dtype), d_scores.astype(query.dtype)
@@ -160,7 +169,8 @@ def _backward(causal, saved, d_output):
 
     zeros = tuple(jnp.zeros_like(x, dtype=dtype) for x in (query, key.mT, value.mT))
     d_query, d_key, d_value = jax.lax.fori_loop(0, len(query), add_query_block, zeros)
-    return *(x.astype(query.dtype) for x in (d_query, d_key.mT, d_value.mT)), None  # a mask has no gradient
+    d_query, d_key, d_value = (x.astype(query.dtype) for x in (d_query, d_key.mT, d_value.mT))
+    return d_query, d_key, d_value, None  # None: a mask has no gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -177,10 +187,7 @@ _flash = jax.jit(_flash, static_argnums=4)  # so that calls outside jit compile 
 
 
 def _blocks(x, block_size):
-    """(length, ...) -> (blocks, size, ...), with blocks of equal size. The last one is padded with zeros.
-
-    A mask is padded with False, which masks the padded keys.
-    """
+    """(length, ...) -> (blocks, size, ...), the last block padded with zeros; a mask with False, so they are masked."""
     blocks = max(-(-len(x) // block_size), 1)  # rounded up
     size = max(-(-len(x) // blocks), 1)
     padding = [(0, blocks * size - len(x))] + [(0, 0)] * (x.ndim - 1)
@@ -214,11 +221,6 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
 
 
 # ---- Dtypes and checks of arguments ----------------------------------------------------------------------------------
-
-
-def at_least_float32(*arrays):
-    """The accumulation dtype for these arrays: float64 if any of them is float64, otherwise float32."""
-    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def as_floating(name, x):

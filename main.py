@@ -7,7 +7,9 @@ its output for TEXT, and draws the attention of the decoder. The axes, in shapes
 
     ...  any leading (batch) axes        d  d_model
     m    source positions                h  heads
-    n    target positions                s  vocab_size
+    n    target positions                k  d_k = d_model / h, the dimension of queries and keys
+    l    layers                          v  d_v = d_k, the dimension of values
+    s    vocab_size
 """
 
 import argparse
@@ -28,11 +30,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention import at_least_float32, attention_weights, padding_mask, scaled_dot_product_attention
-from transformer_layer import decoder, decoder_layer, dropout, encoder, init_decoder, init_encoder
+from transformer_layer import decoder, decoder_layer, dropout, encoder, init_decoder, init_encoder, split_rng
 
 END = 0  # the token that ends a target, pads sources and targets, and is the decoder's first input
 BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-9  # section 5.3
 LABEL_SMOOTHING = 0.1  # section 5.4
+MAX_NORM = 0.3  # of the gradient; see `clip`
 AVERAGED_STEPS = 75  # section 6.1: average the parameters of the last steps
 MAX_LENGTH = 100  # characters of a string
 
@@ -75,14 +78,28 @@ def embed(params, tokens):
     return (embedding[tokens] * math.sqrt(d_model) + positional_encoding(length, d_model)).astype(embedding.dtype)
 
 
+def lengths(tokens):
+    """The number of tokens before the first END, or all if there is none. (..., n) -> (...,).
+
+    The first END and all tokens after it are padding.
+    """
+    return (jnp.asarray(tokens) != END).cumprod(axis=-1).sum(axis=-1)
+
+
+def pad_after_end(tokens):
+    """Sets all tokens after the first END to END. (..., n) -> (..., n)."""
+    tokens = jnp.asarray(tokens)
+    return jnp.where(jnp.arange(tokens.shape[-1]) < lengths(tokens)[..., None], tokens, END)
+
+
 def encode(params, source, *, dropout_rng=None, dropout_rate=0.1, **options):
     """Figure 1, left: source (..., m) tokens -> memory (..., m, d), and the mask (..., 1, 1, m) of its padding.
 
-    The first END and all tokens after it are padding, so sources of different lengths fit in one batch.
+    Sources of different lengths, padded with END, fit in one batch.
     """
     source = jnp.asarray(source)
-    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-    mask = padding_mask((source != END).cumprod(axis=-1).sum(axis=-1), source.shape[-1])
+    rngs = split_rng(dropout_rng, 2)
+    mask = padding_mask(lengths(source), source.shape[-1])
     x = dropout(rngs[0], embed(params, source), dropout_rate)
     return encoder(params["encoder"], x, mask, dropout_rng=rngs[1], dropout_rate=dropout_rate, **options), mask
 
@@ -94,7 +111,7 @@ def model(params, source, target, *, dropout_rng=None, dropout_rate=0.1, **optio
     Dropout as in section 5.4: on the output of each sub-layer, and on both sums of embeddings and positional encodings.
     Padding in source is masked; padding in target comes last, and attention is causal. Option: `attention`.
     """
-    rngs = (None, None, None) if dropout_rng is None else jax.random.split(dropout_rng, 3)
+    rngs = split_rng(dropout_rng, 3)
     options["dropout_rate"] = dropout_rate
     memory, mask = encode(params, source, dropout_rng=rngs[0], **options)
     x = dropout(rngs[1], embed(params, target), dropout_rate)
@@ -108,58 +125,10 @@ def shift_right(target):
     return jnp.concatenate([jnp.full_like(target[..., :1], END), target[..., :-1]], axis=-1)
 
 
-def generate(params, source, length):
-    """Greedy decoding: each token is the most likely one, given the tokens before it. (..., m) -> target (..., length).
-
-    This is the same algorithm without a cache:
-
-        for i in range(length):
-            logits = model(params, source, shift_right(target))
-            target = target.at[..., i].set(logits[..., i, :].argmax(axis=-1))
-
-    Tokens after the first END are then set to END. Here, the encoder runs once. Each step decodes one position; its
-    self-attention reads earlier keys and values from a KV cache. Use it under `jax.jit` with a static length; outside,
-    every call compiles it again. Raises ValueError if length is not a Python int of at least 1.
-    """
-    if type(length) is not int or length < 1:
-        raise ValueError(f"length must be a Python int of at least 1 (under jax.jit: static), got {length!r}")
-    memory, memory_mask = encode(params, source)
-    weights = params["decoder"]["self_attention"]
-    num_layers, _, num_heads, d_k = weights["query"].shape
-    dtype = jnp.result_type(memory, weights["key"], weights["value"])
-    cache = jnp.zeros((num_layers, 2, *memory.shape[:-2], num_heads, length, d_k), dtype)  # 2: keys and values
-
-    def step(i, target_and_cache):
-        target, cache = target_and_cache
-
-        def layer(x, params_and_cache):
-            layer_params, layer_cache = params_and_cache
-
-            # `attention` is an argument: this one also keeps the keys and values of earlier positions.
-            def cached_attention(query, key, value, mask=None, *, causal=False):
-                nonlocal layer_cache
-                if causal:  # self-attention; query, key and value belong to position i
-                    layer_cache = layer_cache.at[..., i, :].set(jnp.stack([key, value])[..., 0, :])
-                    key, value = layer_cache
-                    mask = jnp.arange(length) <= i
-                return scaled_dot_product_attention(query, key, value, mask)
-
-            x = decoder_layer(layer_params, x, memory, memory_mask=memory_mask, attention=cached_attention)
-            return x, layer_cache
-
-        x = embed(params, shift_right(target))[..., i, None, :]
-        x, cache = jax.lax.scan(layer, x, (params["decoder"], cache))
-        logits = jnp.einsum("...d,sd->...s", x[..., 0, :], params["embedding"])
-        return target.at[..., i].set(logits.argmax(axis=-1)), cache
-
-    target, _ = jax.lax.fori_loop(0, length, step, (jnp.zeros((*memory.shape[:-2], length), int), cache))
-    return target * (target != END).cumprod(axis=-1)
-
-
 def cross_attention_weights(params, source, target):
     """The cross-attention weights of the last decoder layer. (..., m), (..., n) tokens -> (..., h, n, m)."""
     memory, memory_mask = encode(params, source)
-    target = jnp.asarray(target) * (jnp.asarray(target) != END).cumprod(axis=-1)  # END after the first END
+    target = pad_after_end(target)
 
     def layer(x, layer_params):
         recorded = []  # filled while tracing; from outside, the function is pure
@@ -169,9 +138,12 @@ def cross_attention_weights(params, source, target):
             return scaled_dot_product_attention(query, key, value, mask, causal=causal)
 
         x = decoder_layer(layer_params, x, memory, memory_mask=memory_mask, attention=recording_attention)
-        return x, recorded[-1]  # cross-attention comes last; scan stacks the weights of all layers
+        _, cross_attention = recorded  # self-attention comes first
+        return x, cross_attention
 
-    return jax.lax.scan(layer, embed(params, shift_right(target)), params["decoder"])[1][-1]
+    x = embed(params, shift_right(target))
+    _, weights = jax.lax.scan(layer, x, params["decoder"])  # stacks the weights of all layers
+    return weights[-1]
 
 
 # ---- Training: sections 5.3, 5.4 and 6.1 -----------------------------------------------------------------------------
@@ -181,19 +153,33 @@ def loss(params, source, target, **options):
     """Section 5.4: mean cross-entropy with label smoothing. Tokens (..., m) and (..., n) -> ().
 
     The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. The mean is
-    over all target tokens up to and including the first END. Options are as in `model`.
+    over all target tokens up to and including the first END. Options are as in `model`. Target tokens outside the
+    vocabulary raise no error: large ones give NaN, and JAX counts negative ones from the end.
     """
     target = jnp.asarray(target)
     logits = model(params, source, shift_right(target), **options)
     log_probabilities = jax.nn.log_softmax(logits.astype(at_least_float32(logits)))
     correct = jnp.take_along_axis(log_probabilities, target[..., None], axis=-1)[..., 0]
     cross_entropy = -((1 - LABEL_SMOOTHING) * correct + LABEL_SMOOTHING * log_probabilities.mean(axis=-1))
-    return cross_entropy.mean(where=(target == END).cumsum(axis=-1) == (target == END))  # no END before the token
+    up_to_end = jnp.arange(target.shape[-1]) <= lengths(target)[..., None]
+    return cross_entropy.mean(where=up_to_end)
 
 
 def learning_rate(step, d_model, warmup_steps):
     """Equation 3: d_model^-0.5 min(step^-0.5, step warmup_steps^-1.5), for step 1, 2, ..."""
     return d_model**-0.5 * jnp.minimum(step**-0.5, step * warmup_steps**-1.5)
+
+
+def clip(gradient):
+    """Scales the gradient to a global norm of at most MAX_NORM (arXiv 1211.5063). Its leaves keep their dtypes.
+
+    The paper does not mention clipping. Without it, some steps are so large that the model loses what it has learned,
+    while the loss hardly changes.
+    """
+    squares = [jnp.square(leaf.astype(at_least_float32(leaf))).sum() for leaf in jax.tree.leaves(gradient)]
+    norm = jnp.sqrt(sum(squares))
+    factor = MAX_NORM / jnp.maximum(norm, MAX_NORM)
+    return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), gradient)
 
 
 def init_adam(params):
@@ -222,12 +208,99 @@ def train_step(params, moments, step, source, target, warmup_steps, **options):
     """
     value, gradient = jax.value_and_grad(loss)(params, source, target, **options)
     rate = learning_rate(step, params["embedding"].shape[-1], warmup_steps)
-    return *adam(params, moments, gradient, step, rate), value
+    params, moments = adam(params, moments, clip(gradient), step, rate)
+    return params, moments, value
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean, in at least float32. Adds the count-th set to a mean of count - 1 sets."""
+    """Section 6.1: the running mean of parameters, in at least float32.
+
+    mean is over the `count - 1` earlier steps; the result also includes params. A count of 1 gives params.
+    """
     return jax.tree.map(lambda m, p: m + (p - m.astype(at_least_float32(m, p))) / count, mean, params)
+
+
+# ---- Decoding with a KV cache ----------------------------------------------------------------------------------------
+
+# The model above is complete: `generate` only needs the three lines in its docstring. The rest is efficiency. When a
+# token is decoded, the keys and values of all earlier positions, and of memory, are the same as before: store them.
+
+
+def init_cache(params, memory, length):
+    """The KV cache of all layers, for a target of this length: a dict of arrays with a leading layer axis l.
+
+    key (l, ..., h, length, k) and value (l, ..., h, length, v), for self-attention, are zeros that decoding replaces.
+    memory_key (l, ..., h, m, k) and memory_value (l, ..., h, m, v), for cross-attention, are computed here, once.
+    """
+    self_attention, cross_attention = params["decoder"]["self_attention"], params["decoder"]["cross_attention"]
+
+    def zeros(weight):
+        num_layers, _, num_heads, d_k = weight.shape
+        shape = (num_layers, *memory.shape[:-2], num_heads, length, d_k)
+        # `jnp.zeros_like(memory)` is split over devices like memory, also inside `jax.shard_map`; `jnp.zeros` is not.
+        return jnp.zeros_like(memory, jnp.result_type(memory, weight), shape=shape)
+
+    return {
+        "key": zeros(self_attention["key"]),
+        "value": zeros(self_attention["value"]),
+        "memory_key": jnp.einsum("...md,ldhk->l...hmk", memory, cross_attention["key"]),
+        "memory_value": jnp.einsum("...md,ldhv->l...hmv", memory, cross_attention["value"]),
+    }
+
+
+def cached_decoder_layer(params, x, cache, layer, position, memory, memory_mask):
+    """`decoder_layer` number `layer` at one position: x (..., 1, d) -> (..., 1, d), and the new cache.
+
+    Writes this position's key and value to the cache, and attends to those of positions up to and including this one.
+    """
+    cache = dict(cache)
+
+    def cached_attention(query, key, value, mask=None, *, causal=False):
+        if not causal:  # cross-attention; XLA omits the projections of memory, because nothing uses them
+            return scaled_dot_product_attention(query, cache["memory_key"][layer], cache["memory_value"][layer], mask)
+        cache["key"] = cache["key"].at[layer, ..., position, :].set(key[..., 0, :])
+        cache["value"] = cache["value"].at[layer, ..., position, :].set(value[..., 0, :])
+        key, value = cache["key"][layer], cache["value"][layer]
+        return scaled_dot_product_attention(query, key, value, jnp.arange(key.shape[-2]) <= position)
+
+    x = decoder_layer(params, x, memory, memory_mask=memory_mask, attention=cached_attention)
+    return x, cache
+
+
+def generate(params, source, length):
+    """Greedy decoding: each token is the most likely one, given the tokens before it. (..., m) -> target (..., length).
+
+    This is the same algorithm without a cache:
+
+        for i in range(length):
+            logits = model(params, source, shift_right(target))
+            target = target.at[..., i].set(logits[..., i, :].argmax(axis=-1))
+
+    Tokens after the first END are then set to END. Here, the encoder runs once, and each step decodes one position. Use
+    it under `jax.jit` with a static length; outside, every call compiles it again. Raises ValueError if length is not a
+    Python int of at least 1.
+    """
+    if type(length) is not int or length < 1:
+        raise ValueError(f"length must be a Python int of at least 1 (under jax.jit: static), got {length!r}")
+    memory, memory_mask = encode(params, source)
+    target = jnp.zeros_like(memory, int, shape=(*memory.shape[:-2], length))
+    cache = init_cache(params, memory, length)
+    layer_numbers = jnp.arange(len(cache["key"]))
+
+    def step(i, target_and_cache):
+        target, cache = target_and_cache
+
+        def layer(x_and_cache, params_and_number):
+            layer_params, number = params_and_number
+            return cached_decoder_layer(layer_params, *x_and_cache, number, i, memory, memory_mask), None
+
+        x = embed(params, shift_right(target))[..., i, None, :]
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (params["decoder"], layer_numbers))
+        logits = jnp.einsum("...nd,sd->...ns", x, params["embedding"])
+        return target.at[..., i].set(logits[..., 0, :].argmax(axis=-1)), cache
+
+    target, _ = jax.lax.fori_loop(0, length, step, (target, cache))
+    return pad_after_end(target)
 
 
 # ---- Many devices ----------------------------------------------------------------------------------------------------
@@ -236,16 +309,19 @@ def average(mean, params, count):
 def partition_specs(params):
     """Splits heads and d_ff over the mesh axis "model", as Megatron-LM does (arXiv 1909.08053); the rest is replicated.
 
-    Returns a PartitionSpec for each leaf of any pytree in which the parameters have their names: a layer, a stack, the
-    model, optimizer state. Each device computes its own heads and hidden units, and XLA sums after each sub-layer.
+    Returns a PartitionSpec for each leaf of any pytree whose leaves are named and shaped like the parameters: a layer,
+    a stack, the model, Adam's moments. Each device computes its own heads and hidden units, and XLA sums after each
+    sub-layer.
     """
-    # The axis to split in a single layer, and the number of its axes. Leaves with fewer are replicated.
-    axes = {"query": (1, 3), "key": (1, 3), "value": (1, 3), "output": (0, 3), "w1": (1, 2), "b1": (0, 1), "w2": (0, 2)}
+    axes = {"query": "dhk", "key": "dhk", "value": "dhv", "output": "hvd", "w1": "df", "b1": "f", "w2": "fd"}
 
     def spec(path, leaf):
-        axis, num_axes = axes.get(jax.tree_util.keystr(path[-1:], simple=True), (0, math.inf))
-        leading = np.ndim(leaf) - num_axes  # the number of layer axes
-        return P(*[None] * (leading + axis), "model") if leading >= 0 else P()
+        leaf_axes = axes.get(jax.tree_util.keystr(path[-1:], simple=True))
+        if leaf_axes is None or np.ndim(leaf) < len(leaf_axes):
+            return P()
+        num_layer_axes = np.ndim(leaf) - len(leaf_axes)
+        split = next(i for i, axis in enumerate(leaf_axes) if axis in "hf")
+        return P(*[None] * (num_layer_axes + split), "model")
 
     return jax.tree.map_with_path(spec, params)
 
@@ -303,8 +379,9 @@ def hold_out(generator, pairs, text, count):
 
 def as_tokens(strings, length, symbols):
     """Strings (...) -> tokens (..., length): i for symbols[i - 1], then END. Raises ValueError for other strings."""
-    strings, tokens = np.asarray(strings), {symbol: token for token, symbol in enumerate(symbols, start=1)}
-    if wrong := [str(string) for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
+    strings = np.asarray(strings, object)  # NumPy's own strings lose a NUL at their end
+    tokens = {symbol: token for token, symbol in enumerate(symbols, start=1)}
+    if wrong := [string for string in strings.flat if len(string) > length or not set(string) <= tokens.keys()]:
         raise ValueError(f"strings must have at most {length} characters, all from {symbols!a}, got {wrong[0]!a}")
     rows = [[tokens[symbol] for symbol in string] + (length - len(string)) * [END] for string in strings.flat]
     return np.array(rows, np.int32).reshape(*strings.shape, length)
@@ -312,7 +389,7 @@ def as_tokens(strings, length, symbols):
 
 def as_text(tokens, symbols):
     """Tokens (n,) -> the string before the first END."""
-    return "".join(("\0" + symbols)[token] for token in tokens).partition("\0")[0]
+    return "".join(symbols[token - 1] for token in tokens[: lengths(tokens)])
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------

@@ -110,6 +110,11 @@ def layer_norm(params, x, epsilon=1e-5):
     return (centered * jax.lax.rsqrt(variance + epsilon) * params["scale"] + params["bias"]).astype(x.dtype)
 
 
+def split_rng(rng, count):
+    """Splits the random key of dropout into `count` keys; None, which means no dropout, into `count` times None."""
+    return count * [None] if rng is None else list(jax.random.split(rng, count))
+
+
 def dropout(rng, x, rate):
     """Section 5.4: sets each element to zero with probability `rate`, and divides the others by 1 - rate.
 
@@ -147,7 +152,7 @@ def encoder_layer(
     x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). No dropout if dropout_rng is None.
     `causal=True` makes it the layer of a decoder-only model (GPT).
     """
-    rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng, 2)
+    rngs = split_rng(dropout_rng, 2)
     sublayer = multi_head_attention(params["self_attention"], x, x, x, mask, causal=causal, attention=attention)
     x = layer_norm(params["self_attention_norm"], x + dropout(rngs[0], sublayer, dropout_rate))
     sublayer = feed_forward(params["feed_forward"], x)
@@ -183,7 +188,7 @@ def decoder_layer(
     """
     if not broadcasts_to(memory.shape[:-2], x.shape[:-2]):
         raise ValueError(f"the leading axes of memory must broadcast to x's, got {memory.shape} and {x.shape}")
-    rngs = (None, None, None) if dropout_rng is None else jax.random.split(dropout_rng, 3)
+    rngs = split_rng(dropout_rng, 3)
     sublayer = multi_head_attention(params["self_attention"], x, x, x, mask, causal=True, attention=attention)
     x = layer_norm(params["self_attention_norm"], x + dropout(rngs[0], sublayer, dropout_rate))
     sublayer = multi_head_attention(params["cross_attention"], x, memory, memory, memory_mask, attention=attention)

@@ -4,9 +4,9 @@
 
 Contestants take turns in every round, so that a slow moment of the machine slows all of them. For each one, a row
 shows the median time ± half the range, the ratio to the first contestant's time, and the temporary memory that XLA
-plans. The time of a gradient includes the forward pass. flax and torch take part if they are installed. On a GPU, sizes
-are larger, and bfloat16 and cuDNN's attention are measured, too. A program that needs most of the device's memory (on a
-CPU, more than 4 GB) is not run.
+plans. The time of a gradient includes the forward pass. flax, torch and Hugging Face's transformers take part if they
+are installed. On a GPU, sizes are larger, and bfloat16 and cuDNN's attention are measured, too. A program that needs
+most of the device's memory (on a CPU, more than 4 GB) is not run.
 """
 
 import functools
@@ -35,6 +35,10 @@ try:
     from flax import linen
 except ImportError:
     linen = None
+try:
+    import transformers
+except ImportError:
+    transformers = None
 
 VOCAB_SIZE = 96  # END and printable ASCII, as in main.py
 DEVICE = jax.devices()[0]
@@ -232,6 +236,33 @@ def torch_model(source, target, layers, d_model, heads, d_ff):
     return train_step, decode
 
 
+def bart_decoding(source, layers, d_model, heads, d_ff):
+    """Greedy decoding of a model of the same size, with random weights and a KV cache: Hugging Face's BART."""
+    source = torch.tensor(source, device=torch.from_dlpack(jnp.zeros(1)).device)
+    length = source.shape[-1]
+    config = transformers.BartConfig(
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=length + 1,
+        d_model=d_model,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=d_ff,
+        decoder_ffn_dim=d_ff,
+        pad_token_id=program.END,
+        bos_token_id=program.END,
+        eos_token_id=program.END,
+        decoder_start_token_id=program.END,
+        forced_eos_token_id=None,
+    )
+    model = transformers.BartForConditionalGeneration(config).to(source.device).eval()
+    options = {"do_sample": False, "num_beams": 1, "use_cache": True}
+    # As many tokens as here, where no output ends early either.
+    options |= {"min_new_tokens": length, "max_new_tokens": length}
+    return functools.partial(model.generate, source, attention_mask=torch.ones_like(source), **options)
+
+
 def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
     """A training step, and greedy decoding."""
     source = np.random.default_rng(0).integers(1, VOCAB_SIZE, (batch, length))  # without END: no padding
@@ -242,7 +273,9 @@ def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
     steps, decodings = {"JAXformers": step}, {"JAXformers": decode}
     if torch:
         train_step, decode = torch_model(source, target, *sizes)
-        steps["torch"], decodings["torch"] = (train_step, None), (decode, None)
+        steps["torch"], decodings["torch, no KV cache"] = (train_step, None), (decode, None)
+    if torch and transformers:
+        decodings["BART"] = bart_decoding(source, *sizes), None
     model = f"{layers} + {layers} layers {sizes[1:]}, {batch} x {length} tokens, float32"
     race(f"Training step, {model}", steps, rounds)
     race(f"Greedy decoding, {model}", decodings, rounds)
@@ -251,7 +284,8 @@ def race_model(batch, length, layers, d_model, heads, d_ff, rounds):
 def main():
     """Runs all races."""
     start = time.perf_counter()
-    versions = ["jax", "jaxlib", *["flax"] * bool(linen), *["torch"] * bool(torch)]
+    peers = {"flax": linen, "torch": torch, "transformers": transformers}
+    versions = ["jax", "jaxlib", *(name for name, module in peers.items() if module)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in versions)
     print(f"On {DEVICE.device_kind} ({os.cpu_count()} cores), Python {sys.version.split()[0]}, {versions}.")
     for batch, heads, length in [(16, 4, 64), (8, 8, 128), (1, 8, 1024)]:

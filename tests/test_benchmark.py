@@ -25,6 +25,7 @@ def test_each_contestant_is_measured(race, arguments, contestants, monkeypatch, 
     """Each race has two parts, forward and gradient or training and decoding, with a row for each contestant."""
     monkeypatch.setattr(benchmark, "torch", None)
     monkeypatch.setattr(benchmark, "linen", None)
+    monkeypatch.setattr(benchmark, "transformers", None)
     race(*arguments)
     rows = [line for line in capsys.readouterr().out.splitlines() if " ms " in line]
     assert [row[2:24].rstrip() for row in rows] == 2 * contestants

@@ -77,6 +77,27 @@ def test_many_devices_agree_with_one(shape):
     assert not {"all-gather", "all-to-all", "collective-permute", "reduce-scatter"} & {*forward, *gradient}
 
 
+@many_devices
+def test_generate_and_clip_on_a_mesh():
+    """`generate` inside `jax.shard_map` writes the same tokens, and a sharded gradient gets the same norm."""
+    params = random_params(main.init_model, 11, 2, 16, 8, 32)
+    params["decoder"]["feed_forward_norm"]["scale"][-1] = -1  # otherwise it repeats one token
+    source = np.random.default_rng(0).integers(0, 11, (8, 6))
+    expected = jax.jit(lambda: main.generate(params, source, 5))()
+    assert len(np.unique(expected)) > 1
+    mapped = jax.shard_map(
+        lambda params, source: main.generate(params, source, 5),
+        mesh=cpu_mesh(8, 1),
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+    )
+    np.testing.assert_array_equal(jax.jit(mapped)(params, source), expected)
+    split, _ = placed(cpu_mesh(1, 8), params, source)
+    clip = jax.jit(main.clip)
+    for actual, alone in zip(jax.tree.leaves(clip(split)), jax.tree.leaves(clip(params)), strict=True):
+        np.testing.assert_allclose(actual, alone, rtol=1e-6)
+
+
 def test_two_processes_learn_what_one_learns(monkeypatch):
     """Two processes with two devices each, as `srun` starts them, train like one process. Only the first prints."""
     with socket.socket() as listener:  # JAX derives the port from the Slurm job ID, so use a free port as the ID
