@@ -76,7 +76,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 
 
-# ---- FlashAttention --------------------------------------------------------------------------------------------------
+# ---- FlashAttention ------------------------------------------------------------------------------
 
 # The functions above are the complete algorithm. This section is efficiency: the same result without the n x m
 # matrix. The next four functions handle one head, cut into blocks, with query, key and value in one dtype; their n and
@@ -220,7 +220,7 @@ def flash_attention(query, key, value, mask=None, *, causal=False, block_size=51
     return attend(*inputs, jnp.atleast_2d(mask)).astype(value.dtype)
 
 
-# ---- Dtypes and checks of arguments ----------------------------------------------------------------------------------
+# ---- Dtypes and checks of arguments --------------------------------------------------------------
 
 
 def as_floating(name, x):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from attention import as_floating, at_least_float32, broadcasts_to, scaled_dot_product_attention
 
-# ---- Section 3.2.2: multi-head attention -----------------------------------------------------------------------------
+# ---- Section 3.2.2: multi-head attention ---------------------------------------------------------
 
 
 def init_multi_head_attention(rng, d_model, num_heads):
@@ -68,7 +68,7 @@ def multi_head_attention(params, query, key, value, mask=None, *, causal=False, 
     return jnp.einsum("...hnv,hvd->...nd", heads, params["output"]).astype(query.dtype)
 
 
-# ---- Section 3.3: position-wise feed-forward network -----------------------------------------------------------------
+# ---- Section 3.3: position-wise feed-forward network ---------------------------------------------
 
 
 def init_feed_forward(rng, d_model, d_ff):
@@ -88,7 +88,7 @@ def feed_forward(params, x):
     return (jnp.einsum("...f,fd->...d", hidden, params["w2"]) + params["b2"]).astype(x.dtype)
 
 
-# ---- Sections 3.1 and 5.4: layer normalization and dropout -----------------------------------------------------------
+# ---- Sections 3.1 and 5.4: layer normalization and dropout ---------------------------------------
 
 
 def init_layer_norm(d_model):
@@ -130,7 +130,7 @@ def dropout(rng, x, rate):
     return jnp.where(keep, x.astype(at_least_float32(x)) / (1 - rate), 0).astype(x.dtype)
 
 
-# ---- Section 3.1, Figure 1: the two layers ---------------------------------------------------------------------------
+# ---- Section 3.1, Figure 1: the two layers -------------------------------------------------------
 
 
 def init_encoder_layer(rng, d_model, num_heads, d_ff):
@@ -197,7 +197,7 @@ def decoder_layer(
     return layer_norm(params["feed_forward_norm"], x + dropout(rngs[2], sublayer, dropout_rate))
 
 
-# ---- Section 3.1, Figure 1: N x --------------------------------------------------------------------------------------
+# ---- Section 3.1, Figure 1: N x ------------------------------------------------------------------
 
 
 def _init_layers(init_layer, rng, num_layers, *sizes):
@@ -261,7 +261,7 @@ def decoder(params, x, memory, mask=None, memory_mask=None, *, dropout_rng=None,
     return _scan_layers(layer, params, x, dropout_rng)
 
 
-# ---- Checks of arguments ---------------------------------------------------------------------------------------------
+# ---- Checks of arguments -------------------------------------------------------------------------
 
 
 def _matching(name, x, axes, weight, weight_axes):

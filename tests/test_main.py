@@ -1,5 +1,6 @@
 """main.py: the model of Figure 1, its training, its data, and the program as a user runs it."""
 
+import io
 import re
 import signal
 import sys
@@ -329,25 +330,33 @@ def test_tokens_and_text(shape):
 
 
 def test_read_pairs(tmp_path):
-    """A byte order mark, CRLF, blank lines, further columns, empty strings, quotes, # and any letters are fine."""
+    """A byte order mark, CRLF, blank lines, further columns, empty strings, quotes, # and any letters are fine.
+
+    A line with nothing but a tab is blank.
+    """
     file = tmp_path / "pairs.tsv"
     file.write_bytes('\ufeffa b\tc\r\n\r\n  \n#\t"q" \tmore\tcolumns\n\tempty\nñ\u00a0日本\t\n\t\nlast\tline'.encode())
-    expected = [["a b", "c"], ["#", '"q" '], ["", "empty"], ["ñ\u00a0日本", ""], ["", ""], ["last", "line"]]
+    expected = [["a b", "c"], ["#", '"q" '], ["", "empty"], ["ñ\u00a0日本", ""], ["last", "line"]]
     assert main.read_pairs(file).tolist() == expected
 
 
-def test_no_test_source_occurs_in_training():
-    """Sources that repeat, also with other targets, are either for the test or for training. TEXT is first."""
-    pairs = np.array([(f"{i % 40}", f"{i % 40}" if i < 120 else f"x{i}") for i in range(160)] + [("", "e")])
-    for text, known in (("7", True), ("a new one", False), ("", True)):
-        sources, answers, training = main.hold_out(np.random.default_rng(0), pairs, text, 16)
-        assert len(sources) == len(set(sources)) == len(answers) == 16
-        assert sources[0] == text
-        assert (answers[0] is not None) == known
-        assert None not in answers[1:]
-        assert all([source, answer] in pairs.tolist() for source, answer in zip(sources[1:], answers[1:], strict=True))
-        expected = [pair for pair in pairs.tolist() if pair[0] not in sources]
-        assert training.tolist() == expected
+@pytest.mark.parametrize(("distinct", "count"), [(2, 1), (19, 1), (20, 2), (639, 63), (640, 64), (2000, 64)])
+def test_no_test_source_occurs_in_training(distinct, count):
+    """A tenth of the sources, at most 64, are for the test, TEXT first. Training has all pairs of the others.
+
+    Sources repeat, with other targets: the last one is the answer. An empty source is never tested.
+    """
+    sources = ["", *(f"{i}" for i in range(1, distinct))]
+    pairs = np.array([(source, f"{target}{source}") for target in "ab" for source in sources])
+    drawn = set()
+    for seed, text in enumerate(["1", "a new one", ""]):
+        test, training = main.hold_out(np.random.default_rng(seed), pairs, text)
+        assert len({source for source, _ in test}) == len(test) == count
+        assert (test[0, 0] == text) == (text == "1")
+        assert all(source and answer == f"b{source}" for source, answer in test)
+        assert training.tolist() == [pair for pair in pairs.tolist() if pair[0] not in test[:, 0]]
+        drawn.add(tuple(test[-1]))
+    assert distinct < 20 or len(drawn) == 3  # random
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -361,10 +370,11 @@ def test_the_default_run_reverses_a_text_it_never_saw():
     assert f'input   "{TEXT}"\noutput  "{TEXT[::-1]}"\nexact matches' in output
     steps = re.findall(r'^step +\d+  loss +[\d.]+  accuracy +([\d.]+)%  ".*"$', output, re.MULTILINE)
     assert len(steps) == 6
-    pattern = r"^exact matches: (\d+)/16 \(final parameters\), (\d+)/16 \(average of the last 75 steps\)$"
+    pattern = r"^exact matches: (\d+)/64 \(final parameters\), (\d+)/64 \(average of the last 75 steps\)$"
     final, mean = map(int, re.search(pattern, output, re.MULTILINE).groups())
-    assert mean >= max(final, 15)
-    assert (final == 16) == (float(steps[-1]) == 100)  # all strings match if all tokens do
+    assert mean >= max(final, 60)
+    assert (final == 64) == (float(steps[-1]) == 100)  # all strings match if all tokens do
+    assert (mean == 64) == ("wrong outputs" not in output)
     assert all(len(line) <= 80 for line in output.splitlines())
     assert "\r" not in output  # the counter is for terminals
     title, *rows = output.splitlines()[-len(TEXT) - 1 :]
@@ -392,31 +402,32 @@ def test_flags_seed_and_terminals(monkeypatch):
     assert "(2, 16, 24)" in in_pipe  # layers, d_model, d_ff
     assert "(8, 6, 96)" in in_pipe  # logits: batch size, length with END, vocab_size
     assert "(1, 1)  (data, model)\n" in in_pipe
-    assert "exact matches: 0/8 (final parameters), 0/8 (average of the last 7 steps)" in in_pipe
+    assert "exact matches: 0/64 (final parameters), 0/64 (average of the last 7 steps)" in in_pipe
     assert '\nanswer  "olleH"\n' in in_pipe
+    assert "\nwrong outputs (3 of 63):\n" in in_pipe  # besides TEXT
+    assert len(re.findall(r'\ninput   ".{5}"\noutput  ".*"\nanswer  ".{5}"\n', in_pipe)) == 4
     assert in_terminal.count("\r") == 7
     pipe, terminal = (re.sub(r" *[\d.]+ ms|(?m:^.*\r)", "", output) for output in (in_pipe, in_terminal))
     assert pipe.translate(str.maketrans("░▒▓█", ".:*#")) == terminal
 
 
 def test_a_text_that_the_file_lacks(monkeypatch, tmp_path):
-    """It has no answer, and in a batch of one there is nothing to count. Also: one step, dropout, an ASCII terminal."""
+    """It has no answer, and does not count. Also: a FILE of two lines, one step, dropout, an ASCII terminal."""
     file = tmp_path / "pairs.tsv"
     file.write_text("ab\tcafé\nba\tx\n", encoding="utf-8")
     arguments = ["bébé", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
     output = run_here(monkeypatch, *arguments, encoding="ascii")
-    assert "3. Training: 1 steps on 2 pairs\n" in output
-    assert re.search(r'^step     1  loss +[\d.]+  accuracy       -  "', output, re.MULTILINE)
+    assert "3. Training: 1 step on 1 pair\n" in output
     assert '\ninput   "b?b?"\n' in output
-    assert "answer" not in output
-    assert "exact matches: - (final parameters)\n" in output
+    assert "exact matches: 0/1 (final parameters)\n\nwrong outputs (1 of 1):\n\n" in output
+    assert output.count("answer") == 1
 
 
 def test_no_steps_and_a_long_text(monkeypatch):
     """`--steps 0` trains nothing. Training lines and maps of short texts fit 80 columns."""
     output = run_here(monkeypatch, "0123456789" * 4, *SMALL, "--steps", "0")
     assert "3. Training: skipped (--steps 0)\n\n4. " in output
-    assert "exact matches: 0/8 (final parameters)\n" in output
+    assert "exact matches: 0/64 (final parameters)\n\n5." in output
     assert all(len(line) <= 80 for line in output.splitlines())
 
 
@@ -427,16 +438,55 @@ def test_times_of_day_are_learned_from_a_file(monkeypatch, tmp_path):
     file.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
     sizes = ["--num-layers", "1", "--num-heads", "2", "--d-model", "32", "--d-ff", "32", "--batch-size", "32"]
     output = run_here(monkeypatch, "7:05 pm", "--pairs", str(file), *sizes, "--steps", "300")
-    assert "3. Training: 300 steps on 1,408 pairs\n" in output
+    assert "3. Training: 300 steps on 1,376 pairs\n" in output
     assert '\noutput  "19:05"\n' in output
-    assert "32/32 (average of the last 75 steps)\n" in output
+    assert re.search(r" 6[1-4]/64 \(average of the last 75 steps\)\n", output)
 
 
 def test_six_layers_learn(monkeypatch):
     """The paper's depth: six layers also learn to reverse every test string."""
     sizes = ["--num-layers", "6", "--num-heads", "1", "--d-model", "32", "--d-ff", "32", "--warmup-steps", "400"]
     output = run_here(monkeypatch, "abc", *sizes, "--batch-size", "32", "--steps", "200")
-    assert "32/32 (average of the last 75 steps)" in output
+    assert re.search(r" 6[1-4]/64 \(average of the last 75 steps\)\n", output)
+
+
+def test_a_short_text(monkeypatch):
+    """With few possible strings, training has seen most test strings, and the program says so."""
+    output = run_here(monkeypatch, "a", *SMALL)
+    seen = re.search(r"^3\. Training: 7 steps on 20,000 pairs, (\d+) of the 64 test strings among them$", output, re.M)
+    assert int(seen[1]) > 60
+
+
+def test_mistakes(capsys):
+    """Up to three wrong outputs are shown, TEXT's aside, with source, output and answer below each other."""
+    test = np.array([("1", "one"), ("2", "two"), ("3", "three"), ("4", "four"), ("5", "five"), ("6", "six")])
+    main.show_mistakes(test, ["", "two", "tree", "", "fives", "sex"], "1")
+    shown = """
+wrong outputs (3 of 4):
+
+input   "3"
+output  "tree"
+answer  "three"
+
+input   "4"
+output  ""
+answer  "four"
+
+input   "5"
+output  "fives"
+answer  "five"
+"""
+    assert capsys.readouterr().out == shown
+    main.show_mistakes(test, ["", *test[1:, 1]], "1")
+    assert capsys.readouterr().out == ""
+
+
+def test_wide_and_combining_characters(monkeypatch):
+    """A shade is as wide as its character: two columns for 日, none for a combining accent."""
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    main.show_attention(np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "日e\u0301x", "本x\u0301")
+    assert output.getvalue() == "  日e\u0301x\n本##\nx\n\u0301     #\n"
 
 
 @pytest.mark.parametrize(("output", "weights"), [("", np.ones((0, 2))), ("a", np.full((1, 2), np.nan))])
@@ -453,14 +503,28 @@ def test_a_closed_pipe():
         assert process.stderr.read() == ""
 
 
+def test_an_ignored_control_c():
+    """A program that was started with SIGINT ignored, as in the background of a shell script, goes on."""
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    try:
+        process = start(*SMALL, "--steps", "0", "Hello")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    while not process.stdout.readline().startswith("devices"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    (output,) = finished(process)
+    assert "5. Attention" in output
+
+
 def test_control_c_during_compilation():
-    """Ctrl-C ends the program with status 130 and without a traceback, and loses no output."""
+    """Ctrl-C ends the program by the signal itself, without a traceback, and loses no output."""
     with start(*SMALL, "Hello") as process:
         while not process.stdout.readline().startswith("devices"):  # then the forward pass is compiled
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == ""
-        assert process.wait() == 130
+        assert process.wait() == -signal.SIGINT  # a shell says 130, and ends a loop around the command
 
 
 @pytest.mark.parametrize(
@@ -469,28 +533,31 @@ def test_control_c_during_compilation():
         (["naïve"], r"TEXT must be printable ASCII, not '\xef'"),
         ([""], "TEXT must have 1 to 100 characters, got 0"),
         (["x" * 50, "x" * 50], "TEXT must have 1 to 100 characters, got 101"),
-        (["--d-ff", "0"], "--d-ff must be from 1 to 2^31 - 1, got 0"),
-        (["--steps", "-1"], "--steps must be from 0 to 2^31 - 1, got -1"),
-        (["--seed", "2147483648"], "--seed must be from 0 to 2^31 - 1, got 2147483648"),
+        (["--d-ff", "0"], "argument --d-ff: must be at least 1 and below 2147483648, got 0"),
+        (["--steps", "-1"], "argument --steps: must be at least 0 and below 2147483648, got -1"),
+        (["--seed", "2147483648"], "argument --seed: must be at least 0 and below 2147483648, got 2147483648"),
         (["--d-model", "1.5"], "argument --d-model: invalid int value: '1.5'"),
         (["--d-model", "9"], "--d-model must be even (sines and cosines come in pairs), got 9"),
         (["--num-heads", "3"], "--num-heads must divide --d-model, got 3 and 64"),
-        (["--dropout-rate", "1"], "--dropout-rate must be at least 0 and below 1, got 1.0"),
-        (["--dropout-rate", "nan"], "--dropout-rate must be at least 0 and below 1, got nan"),
+        (["--dropout-rate", "1"], "argument --dropout-rate: must be at least 0 and below 1, got 1.0"),
+        (["--dropout-rate", "nan"], "argument --dropout-rate: must be at least 0 and below 1, got nan"),
         (["--model-parallel", "3"], "--model-parallel must divide the number of devices, got 3 and 8"),
         (["--model-parallel", "8"], "--model-parallel must divide --num-heads, got 8 and 4"),
         (["--model-parallel", "4", "--d-ff", "6"], "--model-parallel must divide --d-ff, got 4 and 6"),
         (["--batch-size", "12"], "--batch-size must be a multiple of 8 (devices / --model-parallel), got 12"),
         (["--distributed"], "--distributed: JAX found no launcher; use srun, or mpirun of Open MPI 4"),
-        (["--pairs", b"a\tb\nb\tc", "--batch-size", "1", "é"], r"TEXT must be characters of FILE, not '\xe9'"),
-        (["--pairs", b"a\tb\nb\tc\na\td\n", "a"], "FILE needs 16 distinct sources besides TEXT (--batch-size), got 1"),
-        (["--pairs", b"\n \n"], "FILE needs 16 distinct sources besides TEXT (--batch-size), got 0"),
+        (["--pairs", b"a\tb\nb\tc", "é"], r"TEXT must be characters of FILE, not '\xe9'"),
+        (["--pairs", b"a\tb\nb\tc", "a" * 101], "TEXT must have 1 to 100 characters, got 101"),
+        (["--pairs", b"a\tb\na\td\n", "a"], "FILE needs at least 2 distinct sources, got 1"),
+        (["--pairs", b"\n \n\t\n"], "FILE needs at least 2 distinct sources, got 0"),
         (["--pairs", b"a\tb\n\nc d\n"], "argument --pairs: pairs.tsv, line 3: no tab between source and target"),
         (
             ["--pairs", b"a\tb\na\t" + 101 * b"x"],
             "argument --pairs: pairs.tsv, line 2: a string of more than 100 characters",
         ),
-        (["--pairs", b"a\0\tb"], "argument --pairs: pairs.tsv, line 1: a NUL character"),
+        (["--pairs", b"a\0\tb"], "argument --pairs: pairs.tsv, line 1: a control character"),
+        (["--pairs", b"a\tb\n\na\t\x1b[2Jb"], "argument --pairs: pairs.tsv, line 3: a control character"),
+        (["--pairs", b"\xc2\x85\tb"], "argument --pairs: pairs.tsv, line 1: a control character"),
         (["--pairs", "missing.tsv"], "cannot read missing.tsv: [Errno 2] No such file or directory: 'missing.tsv'"),
         (["--pairs", "."], "argument --pairs: cannot read .: [Errno 21] Is a directory: '.'"),
         (["--pairs", b"ab\tc\n\n\xe9\td"], "can't decode byte 0xe9 in position 6: invalid continuation byte"),

@@ -1,13 +1,14 @@
 """README.md: its commands and code run, and its excerpts are in the source."""
 
+import argparse
 import ast
 import datetime
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import main
@@ -82,10 +83,11 @@ def test_commands_are_accepted(monkeypatch, tmp_path, command):
         script, arguments = next(word for word in arguments if word.startswith("tests/")), []
     assert (ROOT / script).is_file()
     if script == "main.py" and not {"--help", "--distributed"} & set(arguments):
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        args = main.argument_parser().parse_args(arguments, argparse.Namespace(TEXT=[], pairs=None))
         monkeypatch.setattr(jax, "device_count", lambda: 8)
         monkeypatch.setattr(jax, "make_mesh", lambda *arguments, **options: None)
-        main.parse_arguments()
+        main.make_data(args, np.random.default_rng(0))
+        main.make_mesh(args)
 
 
 def test_the_pictures_show_the_source():
