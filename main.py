@@ -518,7 +518,7 @@ def make_programs(args, vocab_size):
         return {"params": params, "moments": moments, "mean": mean}, value
 
     specs = partition_specs(jax.eval_shape(init))
-    fast_compilation = {"xla_backend_optimization_level": 0}  # pays for what runs only once
+    fast_compilation = {"xla_backend_optimization_level": 0}  # for what runs only once and takes long to compile
     return (
         jax.jit(init, out_shardings=specs, compiler_options=fast_compilation),
         # The new state takes the memory of the old one, which is donated: it cannot be used again.
