@@ -21,6 +21,9 @@ import time
 import unicodedata
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program, also during the slow imports below
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -691,8 +694,6 @@ def main():
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     try:
         main()
     except BrokenPipeError:  # the reader (e.g. `head`) closed the pipe
