@@ -44,15 +44,16 @@ def placed(mesh, params, *inputs):
     return jax.device_put((params, *inputs), (shardings, *len(inputs) * [NamedSharding(mesh, P("data"))]))
 
 
-def run_here(monkeypatch, *arguments, encoding="ascii"):
-    """Runs main.py in this process on one device, and returns its output. Without an encoding, stdout is a terminal."""
-    output, mesh = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else io.StringIO(), cpu_mesh(1, 1)
+def run_here(monkeypatch, *arguments, encoding="ascii", shape=(1, 1)):
+    """Runs main.py in this process on a mesh, and returns its output. Without an encoding, stdout is a terminal."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding) if encoding else io.StringIO()
     output.isatty = lambda: not encoding
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", *arguments])
         patch.setattr(sys, "stdout", output)
-        patch.setattr(main, "make_mesh", lambda args: mesh)
+        patch.setattr(main, "make_mesh", lambda args: cpu_mesh(*shape))
         main.main()
+    assert not encoding or output.line_buffering  # a user sees each line at once, also through a pipe
     output.seek(0)
     return output.read()
 

@@ -46,19 +46,6 @@ def test_agrees_with_jax_nn(kind, causal):
         np.testing.assert_allclose(function(query, key, value, mask, causal=causal), reference, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision_rounds_the_weights(dtype):
-    """The weights are float32. They are rounded to the dtype of value; the product accumulates in float32."""
-    query, key, value = arrays((8, 16), (8, 16), (8, 16), dtype=dtype)
-    weights, output = weigh(query, key), attend(query, key, value)
-    assert (weights.dtype, output.dtype) == (jnp.float32, dtype)
-    exact = equation_1(*(np.asarray(x, np.float64) for x in (query, key)), np.eye(8))
-    np.testing.assert_allclose(weights, exact, rtol=2e-6)
-    expected = np.asarray(weights.astype(dtype), np.float64) @ np.asarray(value, np.float64)
-    # One unit in the last place, because ties may round either way.
-    np.testing.assert_allclose(output.astype(float), expected, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(), (5,), (4, 1), (3, 1, 1), (2, 1, 1, 5), (2, 3, 4, 5)])
 @pytest.mark.parametrize("attention", [attend, functools.partial(flash_attention, block_size=3)])
 def test_masks_broadcast(attention, shape):
@@ -80,10 +67,28 @@ def test_fully_masked_queries_have_zero_derivatives():
         return attend(*qkv, mask)[1].sum()
 
     assert not any(map(np.any, jax.jit(jax.grad(masked_row, argnums=(0, 1, 2)))(query, key, value)))
+    with jax.debug_nans(True):  # outside jit, it checks each intermediate result
+        scaled_dot_product_attention(query, key, value, mask)
     hessian = jax.jit(jax.hessian(lambda query: jnp.square(attend(query, key, value, mask)).sum()))(query)
     assert np.isfinite(hessian).all()
     assert np.any(hessian[0])
     assert not np.any(hessian[1])
+
+
+@pytest.mark.parametrize("attention", [attend, functools.partial(flash_attention, block_size=1)])
+@pytest.mark.parametrize("score", [-2e9, -3e38])
+def test_a_masked_key_never_wins(attention, score):
+    """However small a score is, it counts, and a masked one does not."""
+    query, key, value = np.full((1, 1), score, np.float32), np.ones((2, 1), np.float32), np.eye(2, dtype=np.float32)
+    np.testing.assert_array_equal(attention(query, key, value, np.array([True, False])), [[1, 0]])
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64"), ("float16", "float32")])
+def test_the_wider_dtype_accumulates(dtypes):
+    """The weights have the wider dtype of query and key, and at least float32."""
+    with jax.enable_x64(True):
+        query, key = (np.ones((3, 4), dtype) for dtype in dtypes)
+        assert jax.eval_shape(attention_weights, query, key).dtype == max(dtypes[0], dtypes[1], key=jnp.dtype)
 
 
 X = np.zeros((2, 4, 6), np.float32)
@@ -99,22 +104,24 @@ X = np.zeros((2, 4, 6), np.float32)
         (ValueError, "the same dimension d_k of at least 1, got 0", (X[..., :0], X[..., :0], X)),
         (ValueError, "key and value must have the same length m, got 4 and 3", (X, X, X[:, :3])),
         (ValueError, "leading axes of query, key and value must broadcast", (X, X, np.zeros((3, 4, 6), np.float32))),
+        (ValueError, "leading axes of query, key and value must broadcast", (X, np.zeros((3, 4, 6), np.float32), X)),
         (TypeError, r"mask must be boolean \(True: may attend\), got float32", (X, X, X, X[0, :, :4])),
         (ValueError, r"mask must broadcast to .* = \(2, 4, 4\), got shape \(3,\)", (X, X, X, np.ones(3, bool))),
         (ValueError, "mask must broadcast", (X, X, X, np.ones((1, 2, 4, 4), bool))),
         (ValueError, "mask must broadcast", (X[0], X[0], X, np.ones((2, 4, 4), bool))),
+        (ValueError, "causal attention requires as many queries as keys, got 4 and 3", (X, X[:, 1:], X[:, 1:])),
+        (ValueError, "causal attention requires as many queries as keys, got 3 and 4", (X[:, 1:], X, X)),
     ],
 )
-def test_bad_input(error, message, arguments):
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, flash_attention])
+def test_bad_input(attention, error, message, arguments):
     """An invalid argument raises one error that names it, its value, and what it must be."""
     with pytest.raises(error, match=message):
-        scaled_dot_product_attention(*arguments)
+        attention(*arguments, causal="causal" in message)
 
 
 def test_bad_causal_and_lengths():
-    """Causal attention requires n = m and a Python bool; padding_mask requires integers."""
-    with pytest.raises(ValueError, match="causal attention requires as many queries as keys, got 4 and 3"):
-        attention_weights(X, X[:, :3], causal=True)
+    """`causal` must be a Python bool, and the lengths of `padding_mask` integers."""
     with pytest.raises(TypeError, match="causal must be a Python bool"):
         jax.jit(scaled_dot_product_attention)(X, X, X, causal=True)
     with pytest.raises(TypeError, match="lengths must be integers, got float32"):

@@ -207,6 +207,14 @@ def test_causal_attention_skips_blocks(monkeypatch, causal):
     assert sorted(computed) == sorted(2 * blocks)
 
 
+@pytest.mark.parametrize(("length", "shape"), [(0, (1, 1)), (3, (1, 3)), (8, (2, 4)), (9, (3, 3)), (13, (4, 4))])
+def test_blocks(length, shape):
+    """As few blocks as possible, of equal size, at most block_size, so that short sequences are hardly padded."""
+    blocks = attention._blocks(jnp.ones((length, 2)), 4)
+    assert blocks.shape == (*shape, 2)
+    np.testing.assert_array_equal(blocks[..., 0].ravel(), np.arange(np.prod(shape)) < length)
+
+
 def test_calls_outside_jit_compile_once(caplog):
     """The third call with the same shapes compiles nothing, with or without gradients."""
     x = arrays((2, 9, 4))[0]

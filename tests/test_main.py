@@ -1,5 +1,6 @@
 """main.py: the model of Figure 1, its training, its data, and the program as a user runs it."""
 
+import argparse
 import io
 import re
 import signal
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import main
 import transformer_layer as tl
-from attention import attention_weights, scaled_dot_product_attention
-from common import arrays, cpu_mesh, finished, placed, random_params, run_here, start
+from common import arrays, cpu_mesh, finished, many_devices, placed, random_params, run_here, start
 
 TEXT = "Never odd or even, 1234"
 SMALL = ["--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--batch-size", "8", "--steps", "7"]
@@ -182,25 +183,26 @@ def test_the_cost_of_a_step_of_generate():
 
 
 def test_cross_attention_weights_are_those_of_the_last_layer(params):
-    """They are softmax(Q K^T / sqrt(d_k)) of the last attention in the model, in which padding is masked."""
-    recorded = []
-
-    def recording_attention(query, key, value, mask=None, *, causal=False):
-        recorded.append(attention_weights(query, key, mask, causal=causal))
-        return scaled_dot_product_attention(query, key, value, mask, causal=causal)
+    """The weights times the values are what the last cross-attention outputs: they lead to the logits of the model."""
 
     @jax.jit
-    def last_weights(params):
+    def weights_and_logits(params):
+        weights = main.cross_attention_weights(params, SOURCES, TARGETS)
         memory, mask = main.encode(params, SOURCES)
+        first, last = (jax.tree.map(lambda leaf, i=i: leaf[i], params["decoder"]) for i in range(2))
         x = main.embed(params, main.shift_right(TARGETS))
-        for i in range(2):
-            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["decoder"])
-            x = tl.decoder_layer(layer, x, memory, memory_mask=mask, attention=recording_attention)
-        return recorded[-1], mask
+        x = tl.decoder_layer(first, x, memory, memory_mask=mask)
+        self_attention = tl.multi_head_attention(last["self_attention"], x, x, x, causal=True)
+        x = tl.layer_norm(last["self_attention_norm"], x + self_attention)
+        values = jnp.einsum("...md,dhv->...hmv", memory, last["cross_attention"]["value"])
+        cross_attention = jnp.einsum("...hnv,hvd->...nd", weights @ values, last["cross_attention"]["output"])
+        x = tl.layer_norm(last["cross_attention_norm"], x + cross_attention)
+        x = tl.layer_norm(last["feed_forward_norm"], x + tl.feed_forward(last["feed_forward"], x))
+        return weights, x @ params["embedding"].T, main.model(params, SOURCES, main.shift_right(TARGETS))
 
-    expected, mask = last_weights(params)
-    np.testing.assert_array_equal(mask[:, 0, 0], np.arange(5) < [[5], [2], [0], [2]])
-    np.testing.assert_allclose(jax.jit(main.cross_attention_weights)(params, SOURCES, TARGETS), expected, atol=1e-5)
+    weights, logits, expected = weights_and_logits(params)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal((weights > 0)[:, 0, 0], np.arange(5) < [[5], [2], [0], [2]])
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -216,6 +218,7 @@ def test_training_keeps_dtypes(params, step, dtype, x64):
         *new, _ = jax.eval_shape(lambda *state: main.train_step(*state, step, SOURCE, SOURCE, 100), *state)
         assert jax.tree.map(lambda leaf: leaf.dtype, tuple(new)) == jax.tree.map(lambda leaf: leaf.dtype, state)
         assert jax.eval_shape(main.embed, params, SOURCE).dtype == dtype
+        assert jax.eval_shape(main.loss, params, SOURCE, TARGET).dtype == jnp.float32
 
 
 def test_half_precision_in_a_scan(params):
@@ -332,11 +335,14 @@ def test_tokens_and_text(shape):
 def test_read_pairs(tmp_path):
     """A byte order mark, CRLF, blank lines, further columns, empty strings, quotes, # and any letters are fine.
 
-    A line with nothing but a tab is blank.
+    So are 100 characters. A line with nothing but a tab is blank, and only "\\n" ends a line.
     """
     file = tmp_path / "pairs.tsv"
-    file.write_bytes('\ufeffa b\tc\r\n\r\n  \n#\t"q" \tmore\tcolumns\n\tempty\nñ\u00a0日本\t\n\t\nlast\tline'.encode())
-    expected = [["a b", "c"], ["#", '"q" '], ["", "empty"], ["ñ\u00a0日本", ""], ["last", "line"]]
+    file.write_bytes('\ufeffa b\tc\r\n\r\n  \n#\t"q" \tmore\tcolumns\n\tempty\nñ\u00a0日本\t\n\t\nlong\t'.encode())
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(100 * "x" + "\nlast\tli\u2028ne")
+    expected = [["a b", "c"], ["#", '"q" '], ["", "empty"], ["ñ\u00a0日本", ""]]
+    expected += [["long", 100 * "x"], ["last", "li\u2028ne"]]
     assert main.read_pairs(file).tolist() == expected
 
 
@@ -349,14 +355,80 @@ def test_no_test_source_occurs_in_training(distinct, count):
     sources = ["", *(f"{i}" for i in range(1, distinct))]
     pairs = np.array([(source, f"{target}{source}") for target in "ab" for source in sources])
     drawn = set()
-    for seed, text in enumerate(["1", "a new one", ""]):
+    for seed, text in enumerate(10 * ["1", "a new one", ""]):
         test, training = main.hold_out(np.random.default_rng(seed), pairs, text)
         assert len({source for source, _ in test}) == len(test) == count
         assert (test[0, 0] == text) == (text == "1")
         assert all(source and answer == f"b{source}" for source, answer in test)
         assert training.tolist() == [pair for pair in pairs.tolist() if pair[0] not in test[:, 0]]
         drawn.add(tuple(test[-1]))
-    assert distinct < 20 or len(drawn) == 3  # random
+    assert distinct < 20 or len(drawn) > 10  # random
+
+
+def parsed(*flags, pairs=None):
+    """The arguments of a command line."""
+    return main.argument_parser().parse_args(flags, argparse.Namespace(TEXT=[], pairs=pairs))
+
+
+def test_the_data_of_a_file():
+    """Symbols are those of FILE, sorted. Without a TEXT, it is a random source of the test pairs, never empty."""
+    pairs = np.array([("", "x"), *((chr(1000 - i), f"{i}") for i in range(40))])
+    texts = set()
+    for seed in range(10):
+        text, symbols, test, training = main.make_data(parsed(pairs=pairs), np.random.default_rng(seed))
+        assert (text, symbols) == (test[0, 0], "".join(sorted(set("".join(pairs.flat)))))
+        assert (len(test), len(training)) == (4, 37)
+        texts.add(text)
+    assert len(texts) > 5
+    assert "" not in texts
+
+
+def test_the_default_data():
+    """64 random strings, TEXT first, and 20,000 others, which the seed determines. Short strings are in both."""
+    (text, symbols, test, training), again, other = (
+        main.make_data(parsed("abc"), np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    assert (text, symbols) == ("abc", "".join(map(chr, range(32, 127))))
+    assert (test.shape, training.shape, test[0].tolist()) == ((64, 2), (20_000, 2), ["abc", "cba"])
+    assert (training == again[3]).all()
+    assert (training != other[3]).mean() > 0.9
+    assert main.training_heading(380, test, np.delete(training, 0, 0)).startswith("380 steps on 19,999 pairs")
+    assert main.training_heading(1, test, test[:1]) == "1 step on 1 pair, 1 of the 64 test strings among them"
+    assert main.training_heading(2, test[:1], test[1:]) == "2 steps on 63 pairs"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), pytest.param((4, 2), marks=many_devices)])
+def test_the_training_program(shape):
+    """The seed decides parameters and dropout, which differs between steps. Warm-up and dropout have an effect.
+
+    The state keeps its sharding and is donated. The mean is over the last 75 steps; before, it is the parameters.
+    """
+    sizes = "--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--steps", "77"
+    batch = np.ones((8, 3), np.int32), np.ones((8, 3), np.int32)
+
+    def first_step(*flags, seed=0, step=1):
+        init, train, *_ = main.make_programs(parsed(*sizes, *flags, "--seed", str(seed)), 9)
+        state = init()
+        before = np.array(state["params"]["embedding"])
+        return before, train, *train(state, step, *batch)
+
+    with jax.set_mesh(cpu_mesh(*shape)):
+        before, train, state, loss = first_step()
+        assert state["params"]["encoder"]["self_attention"]["query"].sharding.spec == P(None, None, "model")
+        assert state["moments"]["v"]["decoder"]["feed_forward"]["b1"].sharding.spec == P(None, "model")
+        assert np.all(first_step(seed=1)[0] != before)
+        slow = first_step("--warmup-steps", "1120")[2]
+        moved, less = (abs(np.array(new["params"]["embedding"]) - before).max() for new in (state, slow))
+        np.testing.assert_allclose(moved, 2**1.5 * less, rtol=0.01)
+        dropped = [first_step("--dropout-rate", "0.5", seed=s, step=i)[3] for s, i in ((0, 1), (0, 2), (1, 1))]
+        assert len({round(float(value), 4) for value in (loss, *dropped)}) == 4
+        history = [np.array(state["params"]["embedding"])]
+        for step in range(2, 6):
+            old, (state, _) = state, train(state, step, *batch)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+            history.append(np.array(state["params"]["embedding"]))
+            expected = np.mean(history[2:] or history[-1:], axis=0)  # steps 3 to 77 are the last 75
+            np.testing.assert_allclose(state["mean"]["embedding"], expected, rtol=1e-5, atol=1e-7)
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -397,38 +469,45 @@ def test_the_default_run_reverses_a_text_it_never_saw():
 
 def test_flags_seed_and_terminals(monkeypatch):
     """The same seed gives the same output. A terminal gets a counter, too, and without an encoding, an ASCII map."""
-    in_pipe, in_terminal = (run_here(monkeypatch, "Hello", *SMALL, encoding=encoding) for encoding in ("utf-8", None))
+    text = "0123456789" * 4
+    in_pipe, in_terminal = (run_here(monkeypatch, text, *SMALL, encoding=encoding) for encoding in ("utf-8", None))
     assert "(2, 16, 2, 8)" in in_pipe  # layers, d_model, heads, d_k
     assert "(2, 16, 24)" in in_pipe  # layers, d_model, d_ff
-    assert "(8, 6, 96)" in in_pipe  # logits: batch size, length with END, vocab_size
+    assert "(8, 41, 96)" in in_pipe  # logits: batch size, length with END, vocab_size
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"^params.* ([\d,]+)$", in_pipe, re.M)]
+    assert f" {sum(sizes):,}\n\n2." in in_pipe
+    assert all(len(line) <= 80 for line in in_pipe.splitlines())
+    assert re.search(r'^step .*% {2}".{34}"$', in_pipe, re.M)  # longer outputs are cut
     assert "(1, 1)  (data, model)\n" in in_pipe
     assert "exact matches: 0/64 (final parameters), 0/64 (average of the last 7 steps)" in in_pipe
-    assert '\nanswer  "olleH"\n' in in_pipe
+    assert f'\nanswer  "{text[::-1]}"\n' in in_pipe
     assert "\nwrong outputs (3 of 63):\n" in in_pipe  # besides TEXT
-    assert len(re.findall(r'\ninput   ".{5}"\noutput  ".*"\nanswer  ".{5}"\n', in_pipe)) == 4
+    assert len(re.findall(r'\ninput   ".{40}"\noutput  ".*"\nanswer  ".{40}"\n', in_pipe)) == 4
     assert in_terminal.count("\r") == 7
     pipe, terminal = (re.sub(r" *[\d.]+ ms|(?m:^.*\r)", "", output) for output in (in_pipe, in_terminal))
     assert pipe.translate(str.maketrans("░▒▓█", ".:*#")) == terminal
 
 
 def test_a_text_that_the_file_lacks(monkeypatch, tmp_path):
-    """It has no answer, and does not count. Also: a FILE of two lines, one step, dropout, an ASCII terminal."""
+    """It has no answer, and does not count. Also: one step, dropout, an ASCII terminal, and a FILE of two lines.
+
+    The test pair has the longest strings.
+    """
     file = tmp_path / "pairs.tsv"
-    file.write_text("ab\tcafé\nba\tx\n", encoding="utf-8")
+    file.write_text("bababa\tcafé\nab\tx\n", encoding="utf-8")
     arguments = ["bébé", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
     output = run_here(monkeypatch, *arguments, encoding="ascii")
     assert "3. Training: 1 step on 1 pair\n" in output
     assert '\ninput   "b?b?"\n' in output
-    assert "exact matches: 0/1 (final parameters)\n\nwrong outputs (1 of 1):\n\n" in output
+    assert 'exact matches: 0/1 (final parameters)\n\nwrong outputs (1 of 1):\n\ninput   "bababa"\n' in output
     assert output.count("answer") == 1
 
 
-def test_no_steps_and_a_long_text(monkeypatch):
-    """`--steps 0` trains nothing. Training lines and maps of short texts fit 80 columns."""
-    output = run_here(monkeypatch, "0123456789" * 4, *SMALL, "--steps", "0")
+def test_no_steps(monkeypatch):
+    """`--steps 0` trains nothing, and shows no mistakes."""
+    output = run_here(monkeypatch, "abc", *SMALL, "--steps", "0")
     assert "3. Training: skipped (--steps 0)\n\n4. " in output
     assert "exact matches: 0/64 (final parameters)\n\n5." in output
-    assert all(len(line) <= 80 for line in output.splitlines())
 
 
 def test_times_of_day_are_learned_from_a_file(monkeypatch, tmp_path):
@@ -450,11 +529,12 @@ def test_six_layers_learn(monkeypatch):
     assert re.search(r" 6[1-4]/64 \(average of the last 75 steps\)\n", output)
 
 
-def test_a_short_text(monkeypatch):
-    """With few possible strings, training has seen most test strings, and the program says so."""
-    output = run_here(monkeypatch, "a", *SMALL)
-    seen = re.search(r"^3\. Training: 7 steps on 20,000 pairs, (\d+) of the 64 test strings among them$", output, re.M)
-    assert int(seen[1]) > 60
+def test_accuracy_counts_tokens_up_to_end():
+    """Of targets of lengths 3 and 1, END included, three of four tokens are right, and one string of two."""
+    target, output = np.array([[5, 6, 0, 0], [0, 0, 0, 0]]), np.array([[5, 7, 0, 0], [0, 0, 0, 0]])
+    assert main.accuracy(output, target) == 0.75
+    assert main.accuracy(np.array([[5, 6, 1, 0], [1, 0, 0, 0]]), target) == 0.5
+    assert main.exact_matches(output, target) == "1/2"
 
 
 def test_mistakes(capsys):
@@ -503,28 +583,24 @@ def test_a_closed_pipe():
         assert process.stderr.read() == ""
 
 
-def test_an_ignored_control_c():
-    """A program that was started with SIGINT ignored, as in the background of a shell script, goes on."""
-    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+@pytest.mark.parametrize("ignored", [False, True])
+def test_control_c_during_compilation(ignored):
+    """Ctrl-C ends the program by the signal itself, so that a shell loop around it ends, too; there is no traceback.
+
+    A program that was started with SIGINT ignored, as in the background of a shell script, goes on.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)  # inherited
     try:
         process = start(*SMALL, "--steps", "0", "Hello")
     finally:
-        signal.signal(signal.SIGINT, ignored)
-    while not process.stdout.readline().startswith("devices"):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    (output,) = finished(process)
-    assert "5. Attention" in output
-
-
-def test_control_c_during_compilation():
-    """Ctrl-C ends the program by the signal itself, without a traceback, and loses no output."""
-    with start(*SMALL, "Hello") as process:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         while not process.stdout.readline().startswith("devices"):  # then the forward pass is compiled
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == ""
-        assert process.wait() == -signal.SIGINT  # a shell says 130, and ends a loop around the command
+        output, errors = process.communicate(timeout=180)
+        assert (process.returncode, errors) == (0 if ignored else -signal.SIGINT, "")
+        assert ("5. Attention" in output) == ignored
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_5_3_learning_rate_peaks_at_warmup_and_falls_as_the_inverse_square_root(
 def test_5_3_adam_is_its_algorithm():
     """Section 5.3: Adam with beta_1 = 0.9, beta_2 = 0.98 and epsilon = 1e-9, five steps against a loop in float64."""
     generator = np.random.default_rng(0)
-    gradients, parameter = generator.standard_normal((5, 3)), generator.standard_normal(3)
+    gradients, parameter = generator.standard_normal((5, 3)) * [1, 1e-5, 1e-9], generator.standard_normal(3)
     expected, m, v = parameter, 0, 0
     params, adam = {"x": parameter.astype(np.float32)}, jax.jit(main.adam)
     moments = main.init_adam(params)

@@ -98,6 +98,15 @@ def test_generate_and_clip_on_a_mesh():
         np.testing.assert_allclose(actual, alone, rtol=1e-6)
 
 
+@many_devices
+def test_training_batches_are_split(monkeypatch):
+    """Each device along "data" gets its share of a batch."""
+    batches = []
+    monkeypatch.setattr(main, "time_forward", lambda params, source, target, mesh: batches.extend((source, target)))
+    run_here(monkeypatch, *SMALL, "--steps", "0", shape=(4, 2))
+    assert [batch.sharding.shard_shape(batch.shape) for batch in batches] == [(4, 4), (4, 4)]
+
+
 def test_two_processes_learn_what_one_learns(monkeypatch):
     """Two processes with two devices each, as `srun` starts them, train like one process. Only the first prints."""
     with socket.socket() as listener:  # JAX derives the port from the Slurm job ID, so use a free port as the ID

@@ -136,15 +136,6 @@ def test_the_contents_of_padding_do_not_matter_in_the_stacks(options):
 
 
 @pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
-def test_huge_scores_give_no_nan(attention):
-    """Scores of 1e8 saturate the softmax: the output is the value of the best key, and the gradient is finite."""
-    query, value = jnp.array([[1e4, 0.0], [0.0, 1e4]]), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    output, gradient = jax.jit(jax.value_and_grad(lambda q: attention(q, q, value).sum()))(query)
-    assert output == value.sum()
-    assert jnp.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("attention", [scaled_dot_product_attention, FLASH])
 @pytest.mark.parametrize(("batch", "n", "m"), [(2, 1, 1), (0, 3, 3), (2, 3, 0), (2, 0, 3)])
 def test_smallest_shapes(attention, batch, n, m):
     """A single key outputs its value; an empty batch, zero keys or zero queries give an empty or zero output."""

@@ -1,5 +1,6 @@
 """transformer_layer.py: shapes, parameters, options and errors. Its equations are in test_paper.py."""
 
+import inspect
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import main
 import transformer_layer as tl
 from attention import scaled_dot_product_attention
 from common import arrays, random_params
@@ -117,6 +119,27 @@ def test_the_header_shows_static_arguments(params):
         assert layer(params[name], *inputs, attention=scaled_dot_product_attention).shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_layer_norm_of_large_numbers(dtype):
+    """Mean and variance are computed in float32: 300^2 overflows in float16, and bfloat16 has few digits."""
+    x = (300 + 300 * arrays((4, 64))[0]).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(axis=-1, keepdims=True)) / exact.std(axis=-1, keepdims=True)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(tl.layer_norm(tl.init_layer_norm(64), x).astype(float), exact, rtol=eps, atol=1e-5)
+
+
+def test_each_random_key_is_used_once():
+    """No key is used twice, in initialization or dropout, and no two weights of the model are equal."""
+    with jax.debug_key_reuse(True):
+        params = jax.jit(lambda rng: main.init_model(rng, 300, 2, 64, 4, 64))(jax.random.key(0))
+        jax.jit(main.model)(params, np.ones((2, 3), int), np.ones((2, 4), int), dropout_rng=jax.random.key(1))
+    weights = [leaf.reshape(2, -1) for leaf in jax.tree.leaves((params["encoder"], params["decoder"])) if leaf.ndim > 2]
+    starts = np.concatenate([np.sort(abs(weight / weight.std()))[:, -20:] for weight in weights])
+    assert len(np.unique(starts.round(5), axis=0)) == len(starts) == 2 * (3 * 4 + 2 * 2)
+    assert np.std(params["embedding"]) == pytest.approx(0.02, rel=0.02)
+
+
 def test_dropout_rounds_once():
     """In half precision, the elements that are kept are x / (1 - rate), rounded once."""
     x = arrays((100,), dtype=jnp.bfloat16)[0]
@@ -139,11 +162,16 @@ def test_dropout_is_determined_by_the_key(params):
         assert abs(first - plain).max() > 0.1
         np.testing.assert_allclose(none, plain, atol=2e-6)
     assert (tl.dropout(RNG, x, 0) == x).all()
+    for function in (tl.encoder_layer, tl.decoder_layer, main.encode, main.model):  # the paper's P_drop
+        assert inspect.signature(function).parameters["dropout_rate"].default == 0.1
 
 
 X, MASK = jnp.zeros((2, N, D)), jnp.ones((2, N, N), bool)
 BAD_VALUES = {
     "num_heads must divide d_model, got 5 heads and d_model = 12": lambda p: tl.init_encoder_layer(RNG, 12, 5, 8),
+    "num_heads must divide d_model, got 0 heads and d_model = 12": lambda p: tl.init_decoder_layer(RNG, 12, 0, 8),
+    "num_heads must divide d_model, got 3 heads and d_model = 0": lambda p: tl.init_multi_head_attention(RNG, 0, 3),
+    "d_model and d_ff must be at least 1, got 0 and 8": lambda p: tl.init_feed_forward(RNG, 0, 8),
     "d_model and d_ff must be at least 1, got 12 and 0": lambda p: tl.init_feed_forward(RNG, 12, 0),
     "d_model must be at least 1, got 0": lambda p: tl.init_layer_norm(0),
     "num_layers must be at least 1, got 0": lambda p: tl.init_encoder(RNG, 0, 12, 3, 8),
@@ -156,6 +184,7 @@ BAD_VALUES = {
     "(..., n, m) = (3, 5, 5), got shape (2, 5, 5)\n": lambda p: tl.encoder(p["encoder"], X[0], MASK),
     "query must have the axes (d h k), got shape (3, 12, 3, 4)": lambda p: tl.encoder_layer(p["encoder"], X),
     "a stack needs parameters with a leading layer axis": lambda p: tl.encoder(p["encoder_layer"], X),
+    "the dropout rate must be at least 0 and below 1, got -0.1": lambda p: tl.dropout(RNG, X, -0.1),
     "the dropout rate must be at least 0 and below 1, got 1.0": lambda p: tl.encoder(p["encoder"], X, dropout_rate=1.0),
 }
 BAD_DTYPES = {
