@@ -9,7 +9,6 @@ import pytest
 
 from attention import attention_weights, causal_mask, flash_attention, padding_mask, scaled_dot_product_attention
 from common import arrays
-from test_paper import equation_1
 
 weigh = jax.jit(attention_weights, static_argnames="causal")
 attend = jax.jit(scaled_dot_product_attention, static_argnames="causal")
