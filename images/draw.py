@@ -4,6 +4,7 @@ Random seeds are fixed. The code in the boxes is copied from the source; tests/t
 exists there. flash_attention.png shows the temporary memory that XLA plans on this machine (README: a CPU).
 """
 
+import argparse
 import contextlib
 import functools
 import re
@@ -129,14 +130,16 @@ def transformer_layer():
     cross_attention = "Multi-Head Attention", "cross_attention"
     layer(axes, 1.95, -1, [("Multi-Head Attention", "self_attention"), feed_forward])
     layer(axes, 5.9, 1, [("Causal Multi-Head Attention", "self_attention"), cross_attention, feed_forward])
-    arrow(axes, (2.72, 4.94), (3.75, 4.94), (3.75, 3.13), (4.75, 3.13), color=BLUE)
-    axes.text(3.82, 3.2, "key, value", size=8.5, color=BLUE)
+    arrow(axes, (2.45, 4.94), (3.35, 4.94), (3.35, 3.13), (4.75, 3.13), color=BLUE)
+    axes.text(4.05, 3.2, "key, value", ha="center", size=8.5, color=BLUE)
+    axes.text(4.05, 2.9, "m: the encoder's n", ha="center", size=8.5, color=GREY)
     axes.text(1.95, 7.05, "encoder_layer", **HEADING)
     axes.text(5.9, 7.05, "decoder_layer", **HEADING)
-    axes.text(1.95, 5.14, "after the last of the N layers", ha="center", size=8.5, color=GREY)
+    axes.text(1.95, 5.14, "after the last of the N layers: memory", ha="center", size=8.5, color=GREY)
     for x, y, text in (
-        (1.95, 0.24, "x (..., m, d)"),
-        (1.95, 4.9, "memory (..., m, d)"),
+        (1.95, 0.24, "x (..., n, d)"),
+        (1.95, 4.9, "(..., n, d)"),
+        (4.05, 3.42, "memory (..., m, d)"),
         (5.9, 0.24, "x (..., n, d)"),
         (5.9, 6.7, "(..., n, d)"),
     ):
@@ -144,32 +147,41 @@ def transformer_layer():
     figure.savefig(IMAGES / "transformer_layer.png")
 
 
-def trained(pairs, symbols, batch_size, steps, warmup_steps):
-    """Trains as main.py does, by default: yields the parameters after each step, and finally their average."""
-    generator, (rng, _) = np.random.default_rng(0), jax.random.split(jax.random.key(0))
-    m, n = (max(map(len, strings)) + 1 for strings in pairs.T)
-    params = jax.jit(lambda: main.init_model(rng, len(symbols) + 1, 2, 64, 4, 128))()
+def arguments(*flags):
+    """What main.py's argument parser returns for these flags."""
+    return main.argument_parser().parse_args(flags, argparse.Namespace(TEXT=[], pairs=None))
+
+
+def trained(args, generator, symbols, pairs):
+    """Trains as main.py does: yields the parameters before the first and after each step, and finally their average."""
+    rng, _ = jax.random.split(jax.random.key(args.seed))
+    sizes = len(symbols) + 1, args.num_layers, args.d_model, args.num_heads, args.d_ff
+    params = jax.jit(lambda: main.init_model(rng, *sizes))()
     moments, mean = main.init_adam(params), params
     train_step, average = jax.jit(main.train_step), jax.jit(main.average)
+    m, n = (max(map(len, strings)) + 1 for strings in pairs.T)
     yield params
-    for step in range(1, steps + 1):
-        sources, targets = pairs[generator.integers(len(pairs), size=batch_size)].T
+    for step in range(1, args.steps + 1):
+        sources, targets = pairs[generator.integers(len(pairs), size=args.batch_size)].T
         batch = main.as_tokens(sources, m, symbols), main.as_tokens(targets, n, symbols)
-        params, moments, _ = train_step(params, moments, step, *batch, warmup_steps)
-        count = step - (steps - main.AVERAGED_STEPS)
-        if count > 0:
-            mean = average(mean, params, count)
-        yield params if step < steps else mean
+        params, moments, _ = train_step(params, moments, step, *batch, args.warmup_steps)
+        count = max(1, step - (args.steps - main.AVERAGED_STEPS))
+        mean = average(mean, params, count)  # until count is 2, just params
+        yield params if step < args.steps else mean
+
+
+def visible(text):
+    """The text with a visible character for each space."""
+    return text.replace(" ", "·")
 
 
 def learned_attention():
     """`python main.py` as an animation: the output, the cross-attention and the accuracy during training."""
-    text, steps, symbols = "attention is all you need", 380, "".join(map(chr, range(32, 127)))
-    test = main.random_pairs(np.random.default_rng(1), 32, len(text))
-    test[0] = text, main.task(text)
-    expected = test[0, 1]
+    args = arguments()
+    generator = np.random.default_rng(args.seed)
+    text, symbols, test, training = main.make_data(args, generator)  # the text is the first test string
     source, target = main.as_tokens(test.T, len(text) + 1, symbols)
-    pairs = main.random_pairs(np.random.default_rng(0), 20_000, len(text))
+    shown, expected = visible(text), visible(main.task(text))
     generate = jax.jit(main.generate, static_argnums=2)
     cross_attention_weights = jax.jit(main.cross_attention_weights)
 
@@ -180,8 +192,8 @@ def learned_attention():
         style = {"facecolor": LIGHT[color], "edgecolor": "none", "pad": 3}
         axes.text(x, 5.82, word, color=color, size=11, ha="right", bbox=style)
     axes.text(2.38, 4.58, "cross-attention, mean of the heads", **HEADING)
-    axes.text(6.37, 4.58, "accuracy on 32 test strings", **HEADING)
-    axes.text(2.38, 0.12, "rows: output, columns: input", ha="center")
+    axes.text(6.37, 4.58, f"accuracy on {len(test)} test strings", **HEADING)
+    axes.text(2.38, 0.12, "rows: output, columns: input (· is a space)", ha="center")
     axes.text(6.37, 0.12, "training steps", ha="center")
     axes.text(0.2, 5.45, "input", va="center", size=13)
     axes.text(0.2, 5.02, "output", va="center", size=13)
@@ -190,32 +202,32 @@ def learned_attention():
         """The background and the text of the i-th character of a row."""
         x = 1.4 + 0.26 * i
         background = axes.add_patch(Rectangle((x - 0.12, y - 0.18), 0.24, 0.36, facecolor=LIGHT[GREY]))
-        return background, axes.text(x, y - 0.06, text[i], ha="center", family=MONOSPACED, size=16)
+        return background, axes.text(x, y - 0.06, shown[i], ha="center", family=MONOSPACED, size=16)
 
     tiles = [(tile(i, 5.45), tile(i, 5.02))[1] for i in range(len(text))]  # only the output changes
     left = figure.add_axes((0.38 / 8, 0.35 / height, 4 / 8, 4 / height))
     image = left.imshow(np.zeros((len(text), len(text))), cmap="Blues")
-    left.set_xticks(range(len(text)), text, family=MONOSPACED, size=9)
+    left.set_xticks(range(len(text)), shown, family=MONOSPACED, size=9)
     left.set_yticks(range(len(text)), expected, family=MONOSPACED, size=9)
     left.tick_params(length=0, pad=2, top=True, labeltop=True, labelbottom=False)
-    right = figure.add_axes((5.06 / 8, 0.6 / height, 2.7 / 8, 3.75 / height), xlim=(0, steps), ylim=(0, 1))
+    right = figure.add_axes((5.06 / 8, 0.6 / height, 2.7 / 8, 3.75 / height), xlim=(0, args.steps), ylim=(0, 1))
     (curve,) = right.plot([], [], "o-", color=BLUE, linewidth=2, markersize=7, markevery=[-1], clip_on=False)
     right.yaxis.set_major_formatter("{x:.0%}")
     right.grid(color=LIGHT[GREY])
     right.spines[["top", "right"]].set_visible(False)
 
     accuracies, frames = [], []
-    for step, params in enumerate(trained(pairs, symbols, 16, steps, 560)):  # the defaults of main.py
+    for step, params in enumerate(trained(args, generator, symbols, training)):
         if step % 10 == 0:
             output = np.asarray(generate(params, source, target.shape[1]))
-            accuracies.append((step, (output == target).mean()))
+            accuracies.append((step, main.accuracy(output, target)))
             curve.set_data(*zip(*accuracies, strict=True))
-            weights = np.asarray(cross_attention_weights(params, source, target))[0].mean(axis=0)
+            weights = np.asarray(cross_attention_weights(params, source[0], target[0])).mean(axis=0)
             weights = weights[: len(text), : len(text)]
             image.set(data=weights, clim=(0, weights.max()))  # the largest weight is darkest, as in main.py
-            averaged = f"average of the last {main.AVERAGED_STEPS} steps"
-            title.set_text(averaged if step == steps else f"step {step:>3} of {steps}")  # the last frame is the result
-            written = main.as_text(output[0], symbols).ljust(len(text))
+            averaged = f"average of the last {main.AVERAGED_STEPS} steps"  # the last frame is the result
+            title.set_text(averaged if step == args.steps else f"step {step:>3} of {args.steps}")
+            written = visible(main.as_text(output[0], symbols)).ljust(len(text))  # END and padding stay empty
             for (background, letter), symbol, correct in zip(tiles, written, expected, strict=False):
                 color = BLUE if symbol == correct else ORANGE
                 background.set_facecolor(LIGHT[color])
@@ -237,24 +249,26 @@ def dates():
     code = re.search(r"^```python\n(.*?dates\.tsv.*?)^```$", README, re.DOTALL | re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         exec(code.replace("import random", "import random\nrandom.seed(0)"), {})
-        pairs = main.read_pairs("dates.tsv")
-    symbols = "".join(sorted(set("".join(pairs.flat))))
-    examples = np.array([("March 14, 2001", "2001-03-14"), ("Saturday, 27 June 1987", "1987-06-27")])
-    pairs = pairs[~np.isin(pairs[:, 0], examples[:, 0])]  # these two are never seen in training
-    *_, params = trained(pairs, symbols, 64, 800, 560)
-    source = main.as_tokens(examples[:, 0], 40, symbols)
+        args = arguments("--pairs", "dates.tsv", "--batch-size", "64", "--steps", "800")
+    examples = "March 14, 2001", "Saturday, 27 June 1987"
+    args.pairs = args.pairs[~np.isin(args.pairs[:, 0], examples)]  # these two are never seen in training
+    generator = np.random.default_rng(args.seed)
+    _, symbols, _, training = main.make_data(args, generator)
+    *_, params = trained(args, generator, symbols, training)
+    source = main.as_tokens(examples, 40, symbols)
     output = jax.jit(main.generate, static_argnums=2)(params, source, 11)
     weights = np.asarray(jax.jit(main.cross_attention_weights)(params, source, output)).mean(axis=1)
-    width = [len(text) for text in examples[:, 0]]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained", width_ratios=width)
-    for axis, text, tokens, written in zip(axes, examples[:, 0], np.asarray(output), weights, strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained", width_ratios=list(map(len, examples)))
+    for axis, text, tokens, written in zip(axes, examples, np.asarray(output), weights, strict=True):
         text_written = main.as_text(tokens, symbols)
         axis.imshow(written[: len(text_written), : len(text)], cmap="Blues")
-        axis.set_xticks(range(len(text)), text, family=MONOSPACED, size=10)
+        axis.set(xlabel="input (· is a space)", ylabel="output")
+        axis.xaxis.set_label_position("top")
+        axis.set_xticks(range(len(text)), visible(text), family=MONOSPACED, size=10)
         axis.set_yticks(range(len(text_written)), text_written, family=MONOSPACED, size=10)
         axis.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
         axis.spines[:].set_color(LIGHT[GREY])
-    figure.savefig(IMAGES / "dates.png")
+    figure.savefig(IMAGES / "dates.png", bbox_inches="tight", pad_inches=0.05)
 
 
 def megabytes(attention, shape):
@@ -267,22 +281,26 @@ def megabytes(attention, shape):
 def flash():
     """The order in which `flash_attention` computes blocks, and a comparison of memory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.3), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     for i in range(6):
         for j in range(6):
             style = {"facecolor": LIGHT[GREY], "hatch": "///"} if j > i else {"facecolor": LIGHT[BLUE]}
             left.add_patch(Rectangle((j, i), 1, 1, edgecolor="white", linewidth=2, **style))
-        left.add_patch(Polygon([(i, i), (i + 1, i), (i + 1, i + 1)], facecolor=LIGHT[ORANGE], edgecolor="white"))
+        triangle = Polygon([(i, i), (i + 1, i), (i + 1, i + 1)], facecolor=LIGHT[ORANGE], edgecolor="white")
+        left.add_patch(triangle)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "edgecolor": "none"}
+    left.legend([triangle], ["computed, then masked"], fontsize=9, **below)
     left.add_patch(Rectangle((0, 4), 5, 1, facecolor="none", edgecolor=BLUE, linewidth=1.5))
     arrow(left, (0.1, 4.5), (4.9, 4.5), color=BLUE)
     for x, y, text, background in (
         (2.1, 4.25, "forward and backward: for each i", LIGHT[BLUE]),
         (2.1, 4.75, "j = 0, ..., i", LIGHT[BLUE]),
         (4.2, 1.5, "skipped:\nall keys masked", "white"),
-        (4.75, 3.4, "computed,\nthen masked", LIGHT[ORANGE]),
     ):
         style = {"facecolor": background, "edgecolor": "none", "pad": 1.5}
         left.text(x, y, text, ha="center", va="center", size=8.5, bbox=style)
-    left.set(xlim=(-0.03, 6), ylim=(6.03, 0), aspect="equal", xlabel="block j of keys", ylabel="block i of queries")
+    left.set(xlim=(-0.03, 6), ylim=(6.03, 0), aspect="equal", anchor="N")
+    left.set(xlabel="block j of keys", ylabel="block i of queries")
     left.set_xticks(np.arange(6) + 0.5, range(6))
     left.set_yticks(np.arange(6) + 0.5, range(6))
     left.tick_params(length=0)
@@ -300,9 +318,9 @@ def flash():
     ):
         memory = [megabytes(attention, shape(n)) for n in lengths]
         right.plot(lengths, memory, "o-", color=color, linewidth=width, markersize=width + 3, label=name)
-    right.text(1500, 9, "up to here, the buffers of one\nblock (512 x 512) dominate", **CAPTION)
-    right.plot((2048, 2048), (14, memory[2]), color=GREY, linewidth=1)
-    right.set(xscale="log", yscale="log", ylim=(5, None), xlabel="sequence length n (8 heads, d_k = 64, float32)")
+    right.text(2048, 6.2, "up to here, one block per head\n(512 x 512) dominates", **CAPTION)
+    right.plot((2048, 2048), (9, memory[2]), color=GREY, linewidth=1)
+    right.set(xscale="log", yscale="log", ylim=(4, None), xlabel="sequence length n (8 heads, d_k = 64, float32)")
     right.set(ylabel="temporary memory of a gradient, MB")
     right.set_xticks(lengths[::2], [f"{n:,}" for n in lengths[::2]])
     right.set_yticks([10, 100, 1000, 10_000, 100_000], ["10", "100", "1,000", "10,000", "100,000"])
