@@ -435,7 +435,7 @@ def argument_parser():
     add = parser.add_argument
     add("TEXT", nargs="*", default=argparse.SUPPRESS, help=text)
     add("--pairs", type=read_pairs, default=argparse.SUPPRESS, metavar="FILE", help=pairs)
-    add("--num-layers", type=positive, default=2, help="number N of encoder, and of decoder layers")
+    add("--num-layers", type=positive, default=2, help="number N of layers in each stack (encoder, decoder)")
     add("--num-heads", type=positive, default=4, help="number h of heads (must divide --d-model)")
     add("--d-model", type=positive, default=64, help="dimension of the model (must be even)")
     add("--d-ff", type=positive, default=128, help="inner dimension of the feed-forward network")
