@@ -399,8 +399,8 @@ def test_the_default_data(monkeypatch):
     assert main.training_heading(2, test[:1], test[1:]) == "2 steps on 63 pairs"
 
 
-@pytest.mark.parametrize("shape", [(1, 1), pytest.param((4, 2), marks=many_devices)])
-def test_the_training_program(shape):
+@many_devices
+def test_the_training_program():
     """The seed decides parameters and dropout, which differs between steps. Warm-up and dropout have an effect.
 
     The state keeps its sharding and is donated. The mean is over the last 75 steps; before, it is the parameters.
@@ -408,28 +408,35 @@ def test_the_training_program(shape):
     sizes = "--d-model", "16", "--num-heads", "2", "--d-ff", "24", "--steps", "77"
     batch = np.ones((8, 3), np.int32), np.ones((8, 3), np.int32)
 
-    def first_step(*flags, seed=0, step=1):
-        init, train, *_ = main.make_programs(parsed(*sizes, *flags, "--seed", str(seed)), 9)
-        state = init()
-        before = np.array(state["params"]["embedding"])
-        return before, train, *train(state, step, *batch)
+    def programs(*flags):
+        init, train, *_ = main.make_programs(parsed(*sizes, *flags), 9)
+        return init, train
 
-    with jax.set_mesh(cpu_mesh(*shape)):
-        before, train, state, loss = first_step()
+    def embedding(state):
+        return np.array(state["params"]["embedding"])
+
+    with jax.set_mesh(cpu_mesh(4, 2)):
+        init, train = programs()
+        before = embedding(init())
+        assert np.all(embedding(programs("--seed", "1")[0]()) != before)
+        state, loss = train(init(), 1, *batch)
         assert state["params"]["encoder"]["self_attention"]["query"].sharding.spec == P(None, None, "model")
         assert state["moments"]["v"]["decoder"]["feed_forward"]["b1"].sharding.spec == P(None, "model")
-        assert np.all(first_step(seed=1)[0] != before)
-        slow = first_step("--warmup-steps", "1120")[2]
-        moved, less = (abs(np.array(new["params"]["embedding"]) - before).max() for new in (state, slow))
+
+        slow, _ = programs("--warmup-steps", "1120")[1](init(), 1, *batch)
+        moved, less = (abs(embedding(new) - before).max() for new in (state, slow))
         np.testing.assert_allclose(moved, 2**1.5 * less, rtol=0.01)
-        options = (("0.5", 0, 1), ("0.1", 0, 1), ("0.5", 1, 1), ("0.5", 0, 2))
-        dropped = [first_step("--dropout-rate", rate, seed=seed, step=step)[3] for rate, seed, step in options]
-        assert len({round(float(value), 4) for value in (loss, *dropped)}) == 5
-        history = [np.array(state["params"]["embedding"])]
+        _, drop = programs("--dropout-rate", "0.5")
+        losses = [drop(init(), step, *batch)[1] for step in (1, 2)]
+        for flags in (["--dropout-rate", "0.1"], ["--dropout-rate", "0.5", "--seed", "1"]):
+            losses.append(programs(*flags)[1](init(), 1, *batch)[1])
+        assert len({round(float(value), 4) for value in (loss, *losses)}) == 5
+
+        history = [embedding(state)]
         for step in range(2, 6):
             old, (state, _) = state, train(state, step, *batch)
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-            history.append(np.array(state["params"]["embedding"]))
+            history.append(embedding(state))
             expected = np.mean(history[2:] or history[-1:], axis=0)  # steps 3 to 77 are the last 75
             np.testing.assert_allclose(state["mean"]["embedding"], expected, rtol=1e-5, atol=1e-7)
 
