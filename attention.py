@@ -71,7 +71,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     weights = attention_weights(query, key, mask, causal=causal)
-    weights = weights.astype(jnp.result_type(query, key, value))  # in half precision, this product runs in it, too
+    weights = weights.astype(jnp.result_type(query, key, value))  # a product of half-precision inputs, like Q K^T
     dtype = at_least_float32(weights)
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 

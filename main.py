@@ -9,7 +9,7 @@ its output for TEXT, and draws the attention of the decoder. The axes, in shapes
     m    source positions                h  heads
     n    target positions                k  d_k = d_model / h, the dimension of queries and keys
     l    layers                          v  d_v = d_k, the dimension of values
-    s    vocab_size
+    s    vocab_size                         f  d_ff
 """
 
 import argparse
@@ -75,7 +75,7 @@ def init_model(rng, vocab_size, num_layers, d_model, num_heads, d_ff):
 def embed(params, tokens):
     """Sections 3.4 and 3.5: Embedding(tokens) sqrt(d_model) + PE. Tokens (..., n) -> (..., n, d).
 
-    Integers outside the vocabulary raise no error: JAX clamps large ones and counts negative ones from the end.
+    Integers outside the vocabulary raise no error: JAX counts negative ones from the end, and clamps the others.
     """
     embedding, tokens = jnp.asarray(params["embedding"]), jnp.asarray(tokens)
     length, d_model = tokens.shape[-1], embedding.shape[-1]
@@ -109,12 +109,12 @@ def encode(params, source, *, dropout_rng=None, dropout_rate=0.1, **options):
 def model(params, source, target, *, dropout_rng=None, dropout_rate=0.1, **options):
     """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s).
 
-    Position i scores the token that follows target tokens 0 to i; for training, `shift_right` makes such a target.
+    target is the decoder's input, `shift_right` of the tokens to predict: position i scores the token after 0 to i.
     Dropout as in section 5.4: on the output of each sub-layer, and on both sums of embeddings and positional encodings.
     Padding in source is masked; padding in target comes last, and attention is causal. Option: `attention`.
     """
     rngs = split_rng(dropout_rng, 3)
-    options["dropout_rate"] = dropout_rate
+    options = {"dropout_rate": dropout_rate, **options}
     memory, mask = encode(params, source, dropout_rng=rngs[0], **options)
     x = dropout(rngs[1], embed(params, target), dropout_rate)
     x = decoder(params["decoder"], x, memory, memory_mask=mask, dropout_rng=rngs[2], **options)
@@ -155,7 +155,7 @@ def loss(params, source, target, **options):
 
     The smoothed labels put 0.9 on the correct token and spread 0.1 uniformly over the whole vocabulary. The mean is
     over all target tokens up to and including the first END. Options are as in `model`. Target tokens outside the
-    vocabulary raise no error: large ones give NaN, and JAX counts negative ones from the end.
+    vocabulary raise no error: JAX counts negative ones from the end, and the others give NaN.
     """
     target = jnp.asarray(target)
     logits = model(params, source, shift_right(target), **options)
@@ -216,8 +216,8 @@ def train_step(params, moments, step, source, target, warmup_steps, **options):
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean, in at least float32. Adds params to the mean of `count - 1` earlier ones."""
-    return jax.tree.map(lambda m, p: m + (p - m.astype(at_least_float32(m, p))) / count, mean, params)
+    """Section 6.1: the mean of params and of `count - 1` earlier ones, whose mean is given, in at least float32."""
+    return jax.tree.map(lambda m, p: ((count - 1) * m.astype(at_least_float32(m, p)) + p) / count, mean, params)
 
 
 # ---- Decoding with a KV cache --------------------------------------------------------------------
@@ -234,7 +234,6 @@ def init_cache(params, memory, length):
     """
     self_attention = params["decoder"]["self_attention"]
     cross_attention = params["decoder"]["cross_attention"]
-
     num_layers, _, num_heads, d_k = self_attention["key"].shape
     shape = num_layers, *memory.shape[:-2], num_heads, length, d_k
     dtype = jnp.result_type(memory, self_attention["key"], self_attention["value"])
@@ -247,20 +246,20 @@ def init_cache(params, memory, length):
     }
 
 
-def cached_decoder_layer(params, x, cache, layer, position, memory, memory_mask):
+def cached_decoder_layer(params, x, cache, layer_index, position, memory, memory_mask):
     """One decoder layer at one position: x (..., 1, d) -> (..., 1, d), and the new cache.
 
-    Writes this position's key and value to the cache at (layer, position), and attends to those of positions so far.
+    Writes this position's key and value to the cache at (layer_index, position), and attends to positions up to it.
     """
-    cache = dict(cache)
+    cache = dict(cache)  # a copy, which `cached_attention` updates while it is traced
 
     def cached_attention(query, key, value, mask=None, *, causal=False):
-        if not causal:  # cross-attention; XLA omits the projections of memory: nothing uses them
-            key, value = cache["memory_key"][layer], cache["memory_value"][layer]
+        if not causal:  # cross-attention; XLA omits the projections of memory, because nothing uses them
+            key, value = cache["memory_key"][layer_index], cache["memory_value"][layer_index]
             return scaled_dot_product_attention(query, key, value, mask)
-        cache["key"] = cache["key"].at[layer, ..., position, :].set(key[..., 0, :])
-        cache["value"] = cache["value"].at[layer, ..., position, :].set(value[..., 0, :])
-        key, value = cache["key"][layer], cache["value"][layer]
+        cache["key"] = cache["key"].at[layer_index, ..., position, :].set(key[..., 0, :])
+        cache["value"] = cache["value"].at[layer_index, ..., position, :].set(value[..., 0, :])
+        key, value = cache["key"][layer_index], cache["value"][layer_index]
         mask = jnp.arange(key.shape[-2]) <= position
         return scaled_dot_product_attention(query, key, value, mask)
 
@@ -284,22 +283,22 @@ def generate(params, source, length):
     if type(length) is not int or length < 1:
         raise ValueError(f"length must be a Python int of at least 1 (under jax.jit: static), got {length!r}")
     memory, memory_mask = encode(params, source)
-    target = jnp.zeros_like(memory, int, shape=(*memory.shape[:-2], length))
+    target = jnp.full_like(memory, END, int, shape=(*memory.shape[:-2], length))
     cache = init_cache(params, memory, length)
 
-    def step(i, target_and_cache):
+    def step(position, target_and_cache):
         target, cache = target_and_cache
 
-        def layer(x_and_cache, params_and_number):
-            layer_params, number = params_and_number
+        def layer(x_and_cache, params_and_index):
+            layer_params, index = params_and_index
             x, cache = x_and_cache
-            return cached_decoder_layer(layer_params, x, cache, number, i, memory, memory_mask), None
+            return cached_decoder_layer(layer_params, x, cache, index, position, memory, memory_mask), None
 
-        x = embed(params, shift_right(target))[..., i, None, :]
+        x = embed(params, shift_right(target))[..., position, None, :]
         layers = params["decoder"], jnp.arange(len(cache["key"]))
         (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
         logits = jnp.einsum("...nd,sd->...ns", x, params["embedding"])
-        return target.at[..., i].set(logits[..., 0, :].argmax(axis=-1)), cache
+        return target.at[..., position].set(logits[..., 0, :].argmax(axis=-1)), cache
 
     target, _ = jax.lax.fori_loop(0, length, step, (target, cache))
     return pad_after_end(target)
@@ -313,7 +312,7 @@ def partition_specs(params):
 
     Returns a PartitionSpec for each leaf of any pytree whose leaves are named and shaped like the parameters: a layer,
     a stack, the model, Adam's moments. Each device computes its own heads and hidden units, and XLA sums after each
-    sub-layer. All else is replicated.
+    sub-layer. All other leaves are replicated.
     """
     axes = {"query": "dhk", "key": "dhk", "value": "dhv", "output": "hvd", "w1": "df", "b1": "f", "w2": "fd"}
 
@@ -339,7 +338,7 @@ def task(string):
 def random_pairs(generator, count, length):
     """Random strings of this length, and their targets. Returns strings (count, 2).
 
-    Symbols, at most 8, repeat, so one does not determine the next, and the model must look at positions.
+    A string has at most 8 different symbols. They repeat, so none determines the next: the model must use positions.
     """
     symbols = generator.integers(32, 127, size=(count, 8))  # printable ASCII
     codes = np.take_along_axis(symbols, generator.integers(8, size=(count, length)), axis=1)
@@ -432,6 +431,7 @@ def argument_parser():
     natural, positive, rate = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0, 1)
     text = f"input (default: {DEFAULT_TEXT}; with --pairs: a source of FILE); if it begins with -, put -- before it"
     pairs = "learn from FILE instead of reversed strings: on each line, a source, a tab, its target"
+    parser.set_defaults(TEXT=[], pairs=None)  # --help does not show these
     add = parser.add_argument
     add("TEXT", nargs="*", default=argparse.SUPPRESS, help=text)
     add("--pairs", type=read_pairs, default=argparse.SUPPRESS, metavar="FILE", help=pairs)
@@ -477,7 +477,7 @@ def make_data(args, generator):
 
 
 def make_mesh(args):
-    """Joins the other processes, and returns the mesh of all devices. Raises ValueError for sizes that do not match."""
+    """The mesh of all devices; --distributed joins processes first. Raises ValueError for sizes that do not match."""
     num_heads, d_model, d_ff = args.num_heads, args.d_model, args.d_ff
     if d_model % 2:
         raise ValueError(f"--d-model must be even (sines and cosines come in pairs), got {d_model}")
@@ -517,7 +517,7 @@ def make_programs(args, vocab_size):
         before = state["params"], state["moments"]
         params, moments, value = train_step(*before, step, source, target, args.warmup_steps, **options)
         count = jnp.maximum(1, step - steps_before_average)
-        mean = average(state["mean"], params, count)  # until count is 2, just params
+        mean = average(state["mean"], params, count)  # params while count is 1
         return {"params": params, "moments": moments, "mean": mean}, value
 
     specs = partition_specs(jax.eval_shape(init))
@@ -552,7 +552,7 @@ def time_forward(params, source, target, mesh):
 
 
 def fit(state, train, next_batch, steps, progress):
-    """Trains, and prints six lines: the step, the loss, and `progress(params)`. Returns the new state."""
+    """Trains, and prints at most six lines: step, loss and `progress(params)`. Returns the new state."""
     printed = {i * steps // 6 for i in range(1, 7)}
     for step in range(1, steps + 1):
         state, value = train(state, step, *next_batch())
@@ -595,8 +595,8 @@ def show_mistakes(test, outputs, text):
 
 def columns(symbol):
     """The columns of a character in a terminal: 0 if it combines with another, 2 if it is wide."""
-    wide = unicodedata.east_asian_width(symbol) in "WF"
-    return 0 if unicodedata.combining(symbol) else 1 + wide
+    wide = unicodedata.east_asian_width(symbol) in ("W", "F")
+    return 0 if unicodedata.category(symbol) in ("Mn", "Me", "Cf") else 1 + wide
 
 
 def show_attention(weights, text, output):
@@ -640,7 +640,7 @@ def run(args, generator, mesh, text, symbols, test, training):
 
     def progress(params):
         tokens = np.asarray(decode(params, sources, n))
-        output = as_text(tokens[0], symbols)[:34]  # fits 80 columns
+        output = as_text(tokens[0], symbols)[:34]  # 80 columns, unless characters are wide
         return f'accuracy {accuracy(tokens[1:], targets):>7.2%}  "{output}"'
 
     state = init()
@@ -657,28 +657,28 @@ def run(args, generator, mesh, text, symbols, test, training):
         print("\n3. Training: skipped (--steps 0)")
 
     print("\n4. Result: the model's output for TEXT\n")
-    final = np.asarray(decode(state["params"], sources, n))
-    mean = np.asarray(decode(state["mean"], sources, n))
-    output, *test_outputs = (as_text(tokens, symbols) for tokens in mean)
+    final_tokens = np.asarray(decode(state["params"], sources, n))
+    mean_tokens = np.asarray(decode(state["mean"], sources, n))
+    output, *test_outputs = (as_text(tokens, symbols) for tokens in mean_tokens)
     show_text(text, output, dict(test.tolist()).get(text))
-    matches = f"{exact_matches(final[1:], targets)} (final parameters)"
+    matches = f"{exact_matches(final_tokens[1:], targets)} (final parameters)"
     averaged = min(args.steps, AVERAGED_STEPS)
     if averaged > 1:
-        matches += f", {exact_matches(mean[1:], targets)} (average of the last {averaged} steps)"
+        matches += f", {exact_matches(mean_tokens[1:], targets)} (average of the last {averaged} steps)"
     print(f"exact matches: {matches}")
     if args.steps:
         show_mistakes(test, test_outputs, text)
 
     print("\n5. Attention: cross-attention of the last decoder layer, mean of its heads")
     print("   rows: output, columns: input; a fuller block means more attention\n")
-    weights = np.asarray(attend(state["mean"], sources[0], mean[0])).mean(axis=0)
+    weights = np.asarray(attend(state["mean"], sources[0], mean_tokens[0])).mean(axis=0)
     show_attention(weights[: len(output), : len(text)], text, output)
 
 
 def main():
     """Runs the program."""
     parser = argument_parser()
-    args = parser.parse_args(namespace=argparse.Namespace(TEXT=[], pairs=None))
+    args = parser.parse_args()
     generator = np.random.default_rng(args.seed)  # for the data
     try:
         data = make_data(args, generator)

@@ -4,7 +4,6 @@ Random seeds are fixed. The code in the boxes is copied from the source; tests/t
 exists there. flash_attention.png shows the temporary memory that XLA plans on this machine (README: a CPU).
 """
 
-import argparse
 import contextlib
 import functools
 import re
@@ -149,7 +148,7 @@ def transformer_layer():
 
 def arguments(*flags):
     """What main.py's argument parser returns for these flags."""
-    return main.argument_parser().parse_args(flags, argparse.Namespace(TEXT=[], pairs=None))
+    return main.argument_parser().parse_args(flags)
 
 
 def trained(args, generator, symbols, pairs):

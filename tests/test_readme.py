@@ -1,6 +1,5 @@
 """README.md: its commands and code run, and its excerpts are in the source."""
 
-import argparse
 import ast
 import datetime
 import re
@@ -81,7 +80,7 @@ def test_commands_are_accepted(monkeypatch, tmp_path, command):
         script, arguments = next(word for word in arguments if word.startswith("tests/")), []
     assert (ROOT / script).is_file()
     if script == "main.py" and not {"--help", "--distributed"} & set(arguments):
-        args = main.argument_parser().parse_args(arguments, argparse.Namespace(TEXT=[], pairs=None))
+        args = main.argument_parser().parse_args(arguments)
         monkeypatch.setattr(jax, "device_count", lambda: 8)
         monkeypatch.setattr(jax, "make_mesh", lambda *arguments, **options: None)
         main.make_data(args, np.random.default_rng(0))

@@ -135,8 +135,9 @@ def test_each_random_key_is_used_once():
         params = jax.jit(lambda rng: main.init_model(rng, 300, 2, 64, 4, 64))(jax.random.key(0))
         jax.jit(main.model)(params, np.ones((2, 3), int), np.ones((2, 4), int), dropout_rng=jax.random.key(1))
     weights = [leaf.reshape(2, -1) for leaf in jax.tree.leaves((params["encoder"], params["decoder"])) if leaf.ndim > 2]
-    starts = np.concatenate([np.sort(abs(weight / weight.std()))[:, -20:] for weight in weights])
-    assert len(np.unique(starts.round(5), axis=0)) == len(starts) == 2 * (3 * 4 + 2 * 2)
+    largest = np.concatenate([np.sort(abs(weight / weight.std()))[:, -20:] for weight in weights])
+    # Two layers with three attentions of four weights, and two feed-forward networks of two.
+    assert len(np.unique(largest.round(5), axis=0)) == len(largest) == 2 * (3 * 4 + 2 * 2)
     assert np.std(params["embedding"]) == pytest.approx(0.02, rel=0.02)
 
 
