@@ -500,14 +500,14 @@ def test_flags_seed_and_terminals(monkeypatch):
 def test_a_text_that_the_file_lacks(monkeypatch, tmp_path):
     """It has no answer, and does not count. Also: one step, dropout, an ASCII terminal, and a FILE of two lines.
 
-    The test pair has the longest strings.
+    TEXT is longer than any source, and the test pair has the longest target.
     """
     file = tmp_path / "pairs.tsv"
     file.write_text("bababa\tcafé\nab\tx\n", encoding="utf-8")
-    arguments = ["bébé", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
+    arguments = ["bébébébé", "--pairs", str(file), *SMALL, "--batch-size", "1", "--dropout-rate", "0.5", "--steps", "1"]
     output = run_here(monkeypatch, *arguments, encoding="ascii")
     assert "3. Training: 1 step on 1 pair\n" in output
-    assert '\ninput   "b?b?"\n' in output
+    assert '\ninput   "b?b?b?b?"\n' in output
     assert 'exact matches: 0/1 (final parameters)\n\nwrong outputs (1 of 1):\n\ninput   "bababa"\n' in output
     assert output.count("answer") == 1
 
