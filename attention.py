@@ -51,9 +51,9 @@ def attention_weights(query, key, mask=None, *, causal=False):
     Raises TypeError for inputs that are not floating point, a mask that is not boolean, or a `causal` that is not a
     Python bool, and ValueError for shapes that do not match.
     """
-    query, key, _, mask = _checked(query, key, key, mask, causal)  # no value here, so check key twice
+    query, key, _, mask = _checked(query, key, key, mask, causal)  # there is no value: key stands in
     n, d_k = query.shape[-2:]
-    dtype = at_least_float32(query, key)  # accumulation dtype
+    dtype = at_least_float32(query, key)  # the dtype of sums, also for half-precision inputs
     scores = jnp.einsum("...nk,...mk->...nm", query, key, preferred_element_type=dtype) / math.sqrt(d_k)
     if causal:
         mask &= causal_mask(n)
@@ -71,7 +71,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     weights = attention_weights(query, key, mask, causal=causal)
-    weights = weights.astype(jnp.result_type(query, key, value))  # a product of half-precision inputs, like Q K^T
+    # So that half-precision inputs are multiplied in half precision, as in Q K^T.
+    weights = weights.astype(jnp.result_type(query, key, value))
     dtype = at_least_float32(weights)
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
 

@@ -9,7 +9,7 @@ its output for TEXT, and draws the attention of the decoder. The axes, in shapes
     m    source positions                h  heads
     n    target positions                k  d_k = d_model / h, the dimension of queries and keys
     l    layers                          v  d_v = d_k, the dimension of values
-    s    vocab_size                         f  d_ff
+    s    vocab_size                      f  d_ff
 """
 
 import argparse
@@ -85,7 +85,7 @@ def embed(params, tokens):
 
 def lengths(tokens):
     """The number of tokens before the first END, where padding begins. (..., n) -> (...,)."""
-    return (jnp.asarray(tokens) != END).cumprod(axis=-1).sum(axis=-1)
+    return (jnp.asarray(tokens) != END).cumprod(axis=-1).sum(axis=-1)  # 1 before the first END, then 0
 
 
 def pad_after_end(tokens):
@@ -109,7 +109,7 @@ def encode(params, source, *, dropout_rng=None, dropout_rate=0.1, **options):
 def model(params, source, target, *, dropout_rng=None, dropout_rate=0.1, **options):
     """Figure 1: source (..., m) and target (..., n) tokens -> logits (..., n, s).
 
-    target is the decoder's input, `shift_right` of the tokens to predict: position i scores the token after 0 to i.
+    target is the decoder's input, `shift_right` of the tokens to predict. Position i scores the token after 0 to i.
     Dropout as in section 5.4: on the output of each sub-layer, and on both sums of embeddings and positional encodings.
     Padding in source is masked; padding in target comes last, and attention is causal. Option: `attention`.
     """
@@ -133,7 +133,7 @@ def cross_attention_weights(params, source, target):
     target = pad_after_end(target)
 
     def layer(x, layer_params):
-        recorded = []  # filled while tracing; from outside, the function is pure
+        recorded = []  # filled while tracing, because `decoder_layer` does not return its weights
 
         def recording_attention(query, key, value, mask=None, *, causal=False):
             recorded.append(attention_weights(query, key, mask, causal=causal))
@@ -216,7 +216,7 @@ def train_step(params, moments, step, source, target, warmup_steps, **options):
 
 
 def average(mean, params, count):
-    """Section 6.1: the mean of params and of `count - 1` earlier ones, whose mean is given, in at least float32."""
+    """Section 6.1: the running mean, in at least float32. `mean` is over the first `count - 1`; params come next."""
     return jax.tree.map(lambda m, p: ((count - 1) * m.astype(at_least_float32(m, p)) + p) / count, mean, params)
 
 

@@ -247,7 +247,7 @@ def dates():
     """Cross-attention of a model that learned the dates of README: rows are the output, columns the input."""
     code = re.search(r"^```python\n(.*?dates\.tsv.*?)^```$", README, re.DOTALL | re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        exec(code.replace("import random", "import random\nrandom.seed(0)"), {})
+        exec(code, {})
         args = arguments("--pairs", "dates.tsv", "--batch-size", "64", "--steps", "800")
     examples = "March 14, 2001", "Saturday, 27 June 1987"
     args.pairs = args.pairs[~np.isin(args.pairs[:, 0], examples)]  # these two are never seen in training

@@ -7,6 +7,24 @@ shows the median time ± half the range, the ratio to the first contestant's tim
 plans. The time of a gradient includes the forward pass. flax, torch and Hugging Face's transformers take part if they
 are installed. On a GPU, sizes are larger, and bfloat16 and cuDNN's attention are measured, too. A program that needs
 most of the device's memory (on a CPU, more than 4 GB) is not run.
+
+On two CPU cores with nothing else running, in milliseconds (jax 0.10.2, flax 0.12.8, torch 2.13.0, transformers 5.24.0;
+d_k = 64):
+
+    float32                                 plain         flash        jax.nn         torch
+    causal, n = 1,024, 8 heads           29 +-  5       9 +-  4      32 +-   4       9 +-  1
+    its gradient                         91 +- 16      33 +-  5     123 +-  17      33 +-  2
+    causal, n = 4,096, 8 heads          418 +- 73      79 +-  8     477 +-  25     108 +-  5
+    its gradient                      1,740 +- 319    272 +- 12   3,133 +- 518     381 +- 16
+
+    float32                                  here          flax         torch          BART
+    base model's encoder layer         17.5 +- 1.5   17.7 +- 1.7   34.7 +- 1.9
+    its gradient                         76 +- 10      74 +-  4      99 +-  9
+    training step, 3 layers, d_model 256 191 +-  7                  219 +-  7
+    greedy decoding                     120 +- 12                 1,509 +- 43     224 +- 18
+
+PyTorch decodes without a KV cache. `JAX_SOFTMAX_CUSTOM_JVP=1` selects JAX's newer derivative of the softmax: the
+gradient of plain attention at n = 4,096 then takes half the time.
 """
 
 import functools
