@@ -152,7 +152,6 @@ def encoder_layer(
     x (..., n, d), mask broadcasting to (..., h, n, n) -> (..., n, d). No dropout if dropout_rng is None.
     `causal=True` makes it the layer of a decoder-only model (GPT).
     """
-    x = jnp.asarray(x)
     rngs = split_rng(dropout_rng, 2)
     sublayer = multi_head_attention(params["self_attention"], x, x, x, mask, causal=causal, attention=attention)
     x = layer_norm(params["self_attention_norm"], x + dropout(rngs[0], sublayer, dropout_rate))
@@ -187,7 +186,6 @@ def decoder_layer(
     (..., n, d). `mask` applies to self-attention, `memory_mask` to cross-attention, whose queries come from x and whose
     keys and values come from memory. No dropout if dropout_rng is None.
     """
-    x, memory = jnp.asarray(x), jnp.asarray(memory)
     if not broadcasts_to(memory.shape[:-2], x.shape[:-2]):
         raise ValueError(f"the leading axes of memory must broadcast to x's, got {memory.shape} and {x.shape}")
     rngs = split_rng(dropout_rng, 3)
@@ -243,7 +241,7 @@ def _scan_layers(layer, params, x, dropout_rng):
         layer_params, rng = layer_params_and_rng
         return layer(layer_params, x, dropout_rng=rng), None  # the new x, and no output to stack
 
-    return jax.lax.scan(step, jnp.asarray(x), (params, rngs))[0]
+    return jax.lax.scan(step, x, (params, rngs))[0]
 
 
 def encoder(params, x, mask=None, *, dropout_rng=None, **options):
