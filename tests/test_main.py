@@ -122,7 +122,8 @@ def test_dropout_differs_between_sublayers_layers_and_stacks(params, monkeypatch
 def test_generate_equals_the_algorithm_in_its_docstring(lead, length, layers, heads, dtype):
     """The KV cache changes no token, for sources of mixed lengths, and for outputs longer and shorter than they are.
 
-    With a bfloat16 embedding and float32 layers, the cache is float32. The source is uint8, and the output has tokens above 255.
+    With a bfloat16 embedding and float32 layers, the cache is float32. The source is uint8; some tokens of the output
+    are above 255.
     """
     params = jax.jit(lambda: main.init_model(jax.random.key(0), 300, layers, 32, heads, 16))()
     params["embedding"] = (20 * params["embedding"]).astype(dtype)
