@@ -521,13 +521,13 @@ def make_programs(args, vocab_size):
         return {"params": params, "moments": moments, "mean": mean}, value
 
     specs = partition_specs(jax.eval_shape(init))
-    fast_compilation = {"xla_backend_optimization_level": 0}  # for what runs only once and takes long to compile
+    fast_compilation = {"xla_backend_optimization_level": 0}  # for what runs only once
     return (
         jax.jit(init, out_shardings=specs, compiler_options=fast_compilation),
         # The new state takes the memory of the old one, which is donated: it cannot be used again.
         jax.jit(train, out_shardings=(specs, P()), donate_argnums=0),
         jax.jit(generate, static_argnums=2, out_shardings=P()),
-        jax.jit(cross_attention_weights, out_shardings=P()),
+        jax.jit(cross_attention_weights, out_shardings=P(), compiler_options=fast_compilation),
     )
 
 
