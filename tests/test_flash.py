@@ -98,25 +98,6 @@ def test_unsupported_derivatives():
         jax.grad(lambda x: jax.grad(function)(x).sum())(x)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
-    """In half precision, output and gradients are plain attention's in float32, up to a few roundings.
-
-    Both functions round the weights to the dtype of value before the second product. The sums stay in float32, for any
-    number of blocks. No dtype is converted implicitly.
-    """
-    query, key, value, weight = arrays((2, 64, 8), (2, 64, 8), (2, 64, 8), (2, 64, 8), dtype=dtype)
-    mask = np.arange(64) % 3 > 0
-    with jax.numpy_dtype_promotion("strict"):
-        results = both(query, key, value, mask, weight, True, 4)
-    _, expected = both(*(x.astype(jnp.float32) for x in (query, key, value)), mask, weight, True, 4)
-    for result in results:
-        for actual, exact in zip(result, expected, strict=True):
-            assert actual.dtype == dtype
-            tolerance = 2 * float(jnp.finfo(dtype).eps) * abs(exact).max()
-            np.testing.assert_allclose(actual.astype(float), exact, atol=tolerance)
-
-
 @pytest.mark.parametrize("score", [1e4, -1e4, 1e8, -1e8])
 def test_large_scores(score):
     """Equal scores share the weight equally, however far from zero they are: outputs and gradients are float64's.
