@@ -14,6 +14,7 @@ from common import arrays
 
 flash = jax.jit(flash_attention, static_argnames=("causal", "block_size"))
 plain = jax.jit(scaled_dot_product_attention, static_argnames="causal")
+MIXED = [("bfloat16", "float16", "float32"), ("float32", "bfloat16", "float16"), ("float32", "float32", "bfloat16")]
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
@@ -126,7 +127,7 @@ def test_float64_beyond_the_range_of_float32():
         np.testing.assert_allclose(output / 1e300, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(["float16", "bfloat16", "float32"], repeat=3)))
+@pytest.mark.parametrize("dtypes", [*itertools.product(["float16", "float32"], repeat=3), 3 * ("bfloat16",), *MIXED])
 def test_dtypes_mix(dtypes):
     """query, key and value may differ in dtype. Output and gradients are those of float64, rounded only once.
 
