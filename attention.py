@@ -71,7 +71,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, *, causal=False):
     """
     query, key, value, mask = _checked(query, key, value, mask, causal)
     weights = attention_weights(query, key, mask, causal=causal)
-    # So that half-precision inputs are multiplied in half precision, as in Q K^T.
+    # Rounded, so that half-precision inputs are multiplied in half precision, as in Q K^T.
     weights = weights.astype(jnp.result_type(query, key, value))
     dtype = at_least_float32(weights)
     return jnp.einsum("...nm,...mv->...nv", weights, value, preferred_element_type=dtype).astype(value.dtype)
@@ -188,7 +188,7 @@ _flash = jax.jit(_flash, static_argnums=4)  # so that calls outside jit compile 
 
 
 def _blocks(x, block_size):
-    """(length, ...) -> (blocks, size, ...), the last block padded with zeros; a mask with False, so they are masked."""
+    """(length, ...) -> (blocks, size, ...). Pads the last block with zeros; in a mask, False masks the padding."""
     blocks = max(-(-len(x) // block_size), 1)  # rounded up
     size = max(-(-len(x) // blocks), 1)
     padding = [(0, blocks * size - len(x))] + [(0, 0)] * (x.ndim - 1)

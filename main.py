@@ -173,7 +173,7 @@ def learning_rate(step, d_model, warmup_steps):
 
 
 def clip(gradient):
-    """Scales the gradient to a global norm of at most 0.3 (arXiv 1211.5063). Dtypes stay.
+    """Scales the gradient to a global norm of at most 0.3 (arXiv 1211.5063). Leaves keep their dtypes.
 
     The paper does not mention it. Without clipping, some steps are so large that the model loses what it has learned.
     """
@@ -216,7 +216,7 @@ def train_step(params, moments, step, source, target, warmup_steps, **options):
 
 
 def average(mean, params, count):
-    """Section 6.1: the running mean, in at least float32. `mean` is over the first `count - 1`; params come next."""
+    """Section 6.1: adds params to the running mean of `count - 1` earlier ones, in at least float32."""
     return jax.tree.map(lambda m, p: ((count - 1) * m.astype(at_least_float32(m, p)) + p) / count, mean, params)
 
 
@@ -237,7 +237,7 @@ def init_cache(params, memory, length):
     num_layers, _, num_heads, d_k = self_attention["key"].shape
     shape = num_layers, *memory.shape[:-2], num_heads, length, d_k
     dtype = jnp.result_type(memory, self_attention["key"], self_attention["value"])
-    zeros = jnp.zeros_like(memory, dtype, shape)  # `jax.shard_map` knows that these vary over devices like memory
+    zeros = jnp.zeros_like(memory, dtype, shape)  # in `jax.shard_map`, they vary over devices like memory
     return {
         "key": zeros,
         "value": zeros,
@@ -503,7 +503,7 @@ def make_mesh(args):
 
 
 def make_programs(args, vocab_size):
-    """The functions that the program compiles. State is a dict: params, moments, and mean, the average of steps."""
+    """The functions that the program compiles. The state is a dict: params, moments, and mean (section 6.1)."""
     init_rng, dropout_rng = jax.random.split(jax.random.key(args.seed))
     steps_before_average = max(0, args.steps - AVERAGED_STEPS)
 
@@ -600,7 +600,7 @@ def columns(symbol):
 
 
 def show_attention(weights, text, output):
-    """Prints attention weights (n, m): a row for each character of output, a column for text's."""
+    """Prints attention weights (n, m): one row per character of output, one column per character of text."""
     if not output:
         print("nothing to draw: the output is empty")
         return

@@ -111,7 +111,7 @@ def layer_norm(params, x, epsilon=1e-5):
 
 
 def split_rng(rng, count):
-    """Splits the random key of dropout into `count` keys; None, which means no dropout, into `count` times None."""
+    """Splits the random key of dropout into a list of `count` keys. If rng is None (no dropout), all are None."""
     return count * [None] if rng is None else list(jax.random.split(rng, count))
 
 
